@@ -1,0 +1,1 @@
+"""What configures, drives and records any learner, and knows no algorithm."""

@@ -1,0 +1,175 @@
+"""A pretended accelerator for tests: computes on the CPU, and complains as CUDA would when devices mix."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+_CUDA = torch.device("cuda", 0)
+
+
+class DeviceMixError(RuntimeError):
+    """Tensors of two devices met in one operation, or one left its device unasked."""
+
+
+class _Tags:
+    """Which storages and generators count as being on the accelerator."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.generators: list[torch.Generator] = []
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage  # held, so that the address is not used again
+
+    def __contains__(self, tensor: object) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata in self.storages
+
+
+class _Functions(TorchFunctionMode):
+    """Sees calls as they are written: which device they name, and what they ask of tensors."""
+
+    def __init__(self, tags: _Tags) -> None:
+        super().__init__()
+        self.tags = tags
+        self.inherited: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        owner = args[0] if args else None
+        if func == torch.Tensor.device.__get__:
+            return _CUDA if owner in self.tags else func(*args)
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return owner in self.tags
+        if func == torch.Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+            return owner not in self.tags
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and owner in self.tags:
+            raise DeviceMixError("a tensor on the accelerator can't become a numpy array; call .cpu() first")
+        if name == "cuda":
+            raise DeviceMixError("`.cuda()` names a device; use `.to(self.device)`")
+        target, args, kwargs = self._target(name, args, kwargs)
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        self.inherited.append(any(x in self.tags for x in tensors))
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inherited.pop()
+        if target is not None:
+            result = self._moved(result, owner, target)
+        return result
+
+    def _target(self, name: str, args: Any, kwargs: Any) -> tuple[torch.device | None, Any, Any]:
+        """Find the device that a call names, and have the call made on the CPU."""
+        if name == "cpu":
+            return torch.device("cpu"), args, kwargs
+        named: list[torch.device] = []
+
+        def on_cpu(value: Any) -> Any:
+            named.append(torch.device(value))
+            return torch.device("cpu")
+
+        if kwargs.get("device") is not None:
+            kwargs["device"] = on_cpu(kwargs["device"])
+        if name == "to":
+            rest = [on_cpu(x) if isinstance(x, torch.device | str | int) and _is_device(x) else x for x in args[1:]]
+            if len(args) > 1 and isinstance(args[1], torch.Tensor):
+                named.append(_CUDA if args[1] in self.tags else torch.device("cpu"))
+            args = (args[0], *rest)
+        return (named[0] if named else None), args, kwargs
+
+    def _moved(self, result: Any, owner: Any, target: torch.device) -> Any:
+        if not isinstance(result, torch.Tensor):
+            return result
+        tagged = result in self.tags
+        if target.type == "cuda" and not tagged:
+            if isinstance(owner, torch.Tensor) and result.untyped_storage()._cdata == owner.untyped_storage()._cdata:
+                result = result.clone()
+            self.tags.add(result)
+        elif target.type == "cpu" and tagged:
+            with _no_modes():
+                result = result.detach().clone() if not result.requires_grad else result.clone()
+        return result
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sees the operations that are carried out: whether the devices of their tensors agree."""
+
+    def __init__(self, tags: _Tags, functions: _Functions) -> None:
+        super().__init__()
+        self.tags = tags
+        self.functions = functions
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat = tree_flatten((args, kwargs))[0]
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        here = any(x in self.tags for x in tensors)
+        free = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.set_)
+        if here and not free and any(x not in self.tags and x.dim() > 0 for x in tensors):
+            shapes = [f"{tuple(x.shape)} on {'cuda' if x in self.tags else 'cpu'}" for x in tensors]
+            raise DeviceMixError(f"{func} got tensors of two devices: {', '.join(shapes)}")
+        for generator in (x for x in flat if isinstance(x, torch.Generator)):
+            expected = here or (not tensors and self.functions.inherited and self.functions.inherited[-1])
+            if tensors and (generator in self.tags.generators) != expected:
+                raise DeviceMixError(f"{func} got a generator of another device than its tensors")
+        result = func(*args, **kwargs)
+        # A factory called inside a composite operation takes the device of that operation's tensors.
+        inherited = not tensors and bool(self.functions.inherited) and self.functions.inherited[-1]
+        if (here and func.overloadpacket is not torch.ops.aten.copy_) or inherited:
+            tree_map_only(torch.Tensor, self.tags.add, result)
+        return result
+
+
+def _is_device(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return True
+    return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "mps")
+
+
+def _no_modes() -> Any:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextlib.contextmanager
+def pretended_cuda() -> Iterator[_Tags]:
+    """Let `device="cuda"` work inside the block, on the CPU, with errors where a real device would give them.
+
+    Raises
+    ------
+    DeviceMixError
+        In the block, where tensors or generators of two devices meet, a tensor on the device is turned into
+        a numpy array, or `.cuda()` is called.
+    """
+    tags = _Tags()
+    real = torch.Generator
+
+    class Generator(real):  # type: ignore[misc, valid-type]
+        def __new__(cls, device: Any = "cpu") -> Any:
+            made = super().__new__(cls, device="cpu")
+            if torch.device(device).type == "cuda":
+                tags.generators.append(made)
+            return made
+
+        def __init__(self, device: Any = "cpu") -> None:
+            pass
+
+    functions = _Functions(tags)
+    with (
+        mock.patch.object(torch, "Generator", Generator),
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        functions,
+        _Dispatch(tags, functions),
+    ):
+        yield tags
+

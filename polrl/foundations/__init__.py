@@ -1,0 +1,1 @@
+"""From a bandit to REINFORCE, and what regularizes it."""

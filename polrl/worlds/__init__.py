@@ -1,0 +1,1 @@
+"""The problems that methods learn on: tabular worlds, bandits, control tasks and data sets."""

@@ -1,0 +1,175 @@
+"""The board in JupyterLab, looked at by a real browser."""
+
+from __future__ import annotations
+
+import pytest
+
+SETUP = """
+import threading, time
+import ipywidgets
+import numpy as np
+from polrl.core.views import Bars, ImageGrid
+from polrl_widgets.board import Board, Chart, PlotlyLibrary, Track, TrackFrame
+
+def new_board():
+    return Board([Chart("loss", "Loss", ("loss",)), Chart("return", "Return", ("return",))], [Track("run", "Run")])
+
+def frame(first, last, **more):
+    steps = np.arange(first, last)
+    points = {"loss": (steps, np.sin(steps / 50)), "return": (steps, steps * 1.0)}
+    return {"run": TrackFrame(step=last, ups=100.0, state="running", points=points, applied={"x": str(last)}, **more)}
+
+board = new_board()
+"""
+
+# What plotly holds for a chart: the last x of its first trace and how many points it has.
+CURVE = """n => { const gd = document.querySelectorAll('.polrl-chart .js-plotly-plot')[n];
+                 return gd?.data?.[0] ? [gd.data[0].x.at(-1) ?? null, gd.data[0].x.length] : [null, 0]; }"""
+
+
+@pytest.fixture
+def lab(open_notebook):
+    notebook = open_notebook([SETUP, "board"])
+    notebook.page.wait_for_selector(".polrl-chart .main-svg")
+    return notebook
+
+
+def wait_curve(notebook, last: int, chart: int = 0) -> list[int]:
+    notebook.page.wait_for_function(f"([n, last]) => ({CURVE})(n)[0] === last", arg=[chart, last])
+    return notebook.page.evaluate(CURVE, chart)
+
+
+def test_charts_move_and_words_follow(lab) -> None:
+    lab.run_code("board.frame(frame(0, 100))")
+    assert wait_curve(lab, 99) == [99, 100]
+    lab.run_code("board.frame(frame(100, 150))")
+    assert wait_curve(lab, 149, chart=1) == [149, 150]
+    lab.wait_text(".polrl-applied-x", "150")
+    assert lab.page.locator(".polrl-step").first.get_attribute("data-value") == "150"
+    assert lab.text(".polrl-ups") == "100"
+    assert lab.errors == []
+
+
+def test_truncate_ghost_marks_and_message(lab) -> None:
+    lab.run_code(
+        "board.frame(frame(0, 100)); board.mark('run', 40, 'x 1 to 2'); board.mark('run', 0, 'clone', 'phase')"
+    )
+    wait_curve(lab, 99)
+    lab.page.wait_for_function(
+        "() => document.querySelector('.polrl-chart .js-plotly-plot').data.some(t => t.text?.includes?.('x 1 to 2'))"
+    )
+    lab.run_code("board.truncate('run', 50); board.say('the loss is not finite', 'error')")
+    assert wait_curve(lab, 50)[1] == 51
+    lab.wait_text(".polrl-message", "the loss is not finite")
+    lab.run_code("board.ghost('run'); board.add_track(Track('two', 'Second', 1))")
+    lab.wait_text(".polrl-label", "Second")
+    assert lab.page.locator(".polrl-track").count() == 1
+    lab.run_code("board.truncate('two'); board.remove_track('run')")
+    lab.page.wait_for_function(
+        "() => document.querySelector('.polrl-chart .js-plotly-plot').data.length === 1"
+    )
+    assert lab.errors == []
+
+
+def test_two_boards_fetch_plotly_once(open_notebook) -> None:
+    sizes: list[int] = []
+    notebook = open_notebook(
+        [SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"], run=False
+    )
+    notebook.page.on(
+        "websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame)))
+    )
+    notebook.page.reload()
+    notebook.wait_kernel()
+    notebook.run_all()
+    notebook.page.wait_for_function("() => document.querySelectorAll('.polrl-chart .main-svg').length >= 6")
+    notebook.run_code("board.frame(frame(0, 10)); other.frame(frame(0, 20))")
+    notebook.page.wait_for_function(f"() => [0, 4].every(n => ({CURVE})(n)[0] === 9)")
+    wait_curve(notebook, 19, chart=2)
+    assert sum(size > 1_000_000 for size in sizes) == 1
+    assert notebook.errors == []
+
+
+def test_reload_restores_curves_and_images(lab) -> None:
+    lab.run_code(
+        "images = np.linspace(0, 1, 2 * 8 * 28 * 28).reshape(2, 8, 28, 28)\n"
+        "view = ImageGrid(title='Masks', alt='Sixteen masks', images=images)\n"
+        "for first in range(0, 5000, 100): board.frame(frame(first, first + 100)); board.flush()\n"
+        "board.frame(frame(5000, 5001, views={'masks': view})); board.flush()"
+    )
+    before = wait_curve(lab, 5000)
+    lab.page.wait_for_selector(".polrl-view-masks canvas")
+    lab.command("docmanager:save")
+    lab.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+    lab.page.reload()
+    lab.wait_kernel()
+    assert wait_curve(lab, 5000) == before
+    canvas = lab.page.locator(".polrl-view-masks canvas")
+    canvas.wait_for()
+    pixel = "e => [...e.getContext('2d').getImageData(e.width - 1, e.height - 1, 1, 1).data]"
+    assert canvas.evaluate(pixel) == [255, 255, 255, 255]
+    assert lab.page.locator(".polrl-view-masks [role=img]").get_attribute("aria-label") == "Sixteen masks"
+    assert lab.errors == []
+
+
+def test_charts_follow_the_theme(lab) -> None:
+    color = "() => document.querySelector('.polrl-chart .js-plotly-plot').layout.font.color"
+    lab.run_code("board.frame(frame(0, 10))")
+    wait_curve(lab, 9)
+    light = lab.page.evaluate(color)
+    lab.command("apputils:change-theme", theme="JupyterLab Dark")
+    try:
+        lab.page.wait_for_function(f"light => ({color})() !== light", arg=light)
+    finally:
+        lab.command("apputils:change-theme", theme="JupyterLab Light")
+    lab.page.wait_for_function(f"light => ({color})() === light", arg=light)
+
+
+def test_messages_stay_bounded_in_a_long_run(lab) -> None:
+    printed = lab.run_code(
+        "sizes = []\n"
+        "for first in range(0, 100_000, 100):\n"
+        "    before = board.bytes_sent\n"
+        "    board.frame(frame(first, first + 100)); board.flush()\n"
+        "    sizes.append(board.bytes_sent - before)\n"
+        "    time.sleep(0.002)\n"
+        "print(int(np.median(sizes[5:15])), int(np.median(sizes[-100:])), max(sizes))"
+    )
+    early, late, largest = map(int, printed.split())
+    assert late <= early + 100
+    assert largest < 2 * 2 * 1_000 * 16 + 5_000
+    assert wait_curve(lab, 99_999)[1] <= 2_200
+    assert lab.errors == []
+
+
+def test_sliders_have_accessible_names(open_notebook) -> None:
+    slider = (
+        "slider = ipywidgets.FloatLogSlider(value=1.0, min=-3, max=3); slider.add_class('polrl-knob-x')\n"
+        "board.name_sliders('polrl-lab-1', {'polrl-knob-x': 'noise strength', 'polrl-knob-late': 'later'})\n"
+        "box = ipywidgets.VBox([slider, board]); box.add_class('polrl-lab-1'); box"
+    )
+    notebook = open_notebook([SETUP, slider])
+    notebook.page.wait_for_selector(".polrl-knob-x .noUi-handle[aria-label='noise strength']")
+    handle = notebook.page.locator(".polrl-knob-x .noUi-handle")
+    handle.focus()
+    notebook.page.keyboard.press("ArrowRight")
+    readout = notebook.text(".polrl-knob-x .widget-readout")
+    notebook.page.wait_for_selector(f".polrl-knob-x .noUi-handle[aria-valuetext='{readout}']")
+    notebook.run_code(
+        "late = ipywidgets.IntSlider(); late.add_class('polrl-knob-late'); box.children += (late,)"
+    )
+    notebook.page.wait_for_selector(".polrl-knob-late .noUi-handle[aria-label='later']")
+    assert notebook.errors == []
+
+
+def test_a_feeding_thread_loses_no_last_value(lab) -> None:
+    lab.run_code(
+        "def feed():\n"
+        "    for step in range(0, 800, 10):\n"
+        "        board.frame(frame(step, step + 10))\n"
+        "        time.sleep(0.05)\n"
+        "threading.Thread(target=feed).start()"
+    )
+    lab.wait_text(".polrl-applied-x", "800")
+    assert wait_curve(lab, 799) == [799, 800]
+    assert lab.errors == []

@@ -1,0 +1,10 @@
+"""The live lab of polrl: sliders made from knobs, curves and pictures that move while a method trains.
+
+`Lab(NoiseMask())` in a notebook cell is the whole interface.
+"""
+
+from .lab import Lab
+from .still import Still, still
+from .teaching import Predict, start, study_picture
+
+__all__ = ["Lab", "Predict", "Still", "start", "still", "study_picture"]

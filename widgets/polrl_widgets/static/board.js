@@ -1,0 +1,745 @@
+// Draws what a Board sends: words and images at once, what plotly draws one after another with rests between, so that
+// drawing takes a fixed share of the processor however many charts there are.
+const SHELF = Symbol.for("polrl.plotly");
+const REST = 3; // plotly rests this many times as long as it drew
+const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
+const ACK_EVERY = 300; // ms between two messages to the kernel, each of which interrupts the training a little
+const MAX_MARKS = 60; // of one kind, as on the Python side
+const CHART_WIDTH = 300; // narrowest chart, px
+
+function shelf() {
+  if (!globalThis[SHELF]) {
+    const made = { freeAt: 0 };
+    made.ready = new Promise((resolve) => (made.resolve = resolve));
+    made.ready.then((plotly) => (made.plotly = plotly));
+    globalThis[SHELF] = made;
+  }
+  return globalThis[SHELF];
+}
+
+function make(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+}
+
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// A legend of the page's own, in the heading: plotly's takes room from the picture and moves it.
+function makeLegend(caption, items) {
+  const legend = make("span", "polrl-legend", caption);
+  for (const { name, dash, color } of items) {
+    const sample = make("i", `polrl-dash polrl-dash-${dash ?? "solid"}`);
+    if (color) sample.style.borderColor = color;
+    make("span", "", legend, name).prepend(sample);
+  }
+  return legend;
+}
+
+const cssName = (name) => name.replace(/[^\w-]/g, "-");
+const keyOf = (...parts) => parts.join("\u0000");
+// a DataView may begin anywhere in its buffer; typed arrays need aligned bytes
+const bytesOf = (view) => view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength);
+
+// ---------------------------------------------------------------------------------------------- the data
+
+// What the page knows of a run: filled by messages, read by every display of the widget.
+class Store {
+  constructor() {
+    this.n = 0;
+    this.whole = false;
+    this.setup = { charts: [], tracks: [], marks: [], palette: ["#0072B2"], ghost: "#888888", sliders: {} };
+    this.clear();
+  }
+
+  clear() {
+    this.series = new Map();
+    this.views = new Map();
+    this.words = new Map();
+    this.message = { text: "", level: "info" };
+  }
+
+  curve(track, metric) {
+    const key = keyOf(track, metric);
+    if (!this.series.has(key)) this.series.set(key, { x: [], y: [] });
+    return this.series.get(key);
+  }
+
+  // Take one message in; return what changed, or null if an earlier one is missing.
+  take(content, buffers) {
+    if (!content.whole && content.n !== this.n + 1) return null;
+    this.n = content.n;
+    if (content.whole) this.clear();
+    const changed = { setup: Boolean(content.setup), metrics: new Set(), marks: false, views: [] };
+    if (content.setup) this.adopt(content.setup);
+    if (content.message) this.message = content.message;
+    for (const [track, words] of Object.entries(content.words)) this.words.set(track, words);
+    if (content.marks) {
+      changed.marks = true;
+      for (const mark of content.marks) this.addMark(mark);
+    }
+    this.takePoints(content.series, new Float64Array(bytesOf(buffers[0])), changed);
+    this.takeViews(content.views, buffers.slice(1), changed);
+    return changed;
+  }
+
+  adopt(setup) {
+    this.setup = setup;
+    const known = new Map(setup.tracks.map((track) => [track.id, track]));
+    for (const key of this.series.keys()) if (!known.has(key.split("\u0000")[0])) this.series.delete(key);
+    for (const key of this.words.keys()) if (!known.has(key)) this.words.delete(key);
+    for (const [key, view] of this.views) {
+      if (!known.has(view.track) || known.get(view.track).ghost) this.views.delete(key);
+    }
+  }
+
+  addMark(mark) {
+    const marks = this.setup.marks;
+    marks.push(mark);
+    const alike = marks.filter((other) => other.kind === mark.kind);
+    if (alike.length > MAX_MARKS) marks.splice(marks.indexOf(alike[0]), 1);
+  }
+
+  takePoints(series, points, changed) {
+    let at = 0;
+    for (const [track, metric, count, reset] of series) {
+      const curve = this.curve(track, metric);
+      if (reset) curve.x.length = curve.y.length = 0;
+      for (let i = 0; i < count; i++) curve.x.push(points[at + i]);
+      for (let i = 0; i < count; i++) curve.y.push(points[at + count + i]);
+      at += 2 * count;
+      changed.metrics.add(metric);
+    }
+  }
+
+  takeViews(views, buffers, changed) {
+    let at = 0;
+    for (const view of views) {
+      view.data = view.arrays.map(([name, shape]) => {
+        const bytes = bytesOf(buffers[at++]);
+        const values = view.kind === "ImageGrid" ? new Uint8ClampedArray(bytes) : new Float32Array(bytes);
+        return { name, shape, values };
+      });
+      const key = keyOf(view.name, view.track);
+      this.views.set(key, view);
+      changed.views.push(key);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- the look
+
+// The colours of the front end, as the style sheet resolves them.
+function readTheme(el) {
+  const style = getComputedStyle(el);
+  const [r, g, b] = (style.color.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
+  const faded = (alpha) => `rgba(${r},${g},${b},${alpha})`;
+  return {
+    font: style.color,
+    muted: faded(0.68),
+    grid: faded(0.12),
+    axis: faded(0.3),
+    mark: faded(0.55),
+    paper: style.backgroundColor,
+    family: style.fontFamily,
+    dark: r + g + b > 384,
+  };
+}
+
+function baseLayout(theme, words) {
+  const axis = {
+    gridcolor: theme.grid,
+    linecolor: theme.axis,
+    tickfont: { size: 10.5, color: theme.muted },
+    zeroline: false,
+    showline: true,
+    ticks: "",
+    nticks: 6,
+    exponentformat: "power",
+    automargin: false,
+  };
+  const titled = (text) => (text ? { text, font: { size: 11, color: theme.muted }, standoff: 4 } : { text: "" });
+  return {
+    autosize: true,
+    margin: { l: words.y_label ? 56 : 44, r: 10, t: 8, b: words.x_label ? 36 : 24 },
+    font: { family: theme.family, size: 11, color: theme.font },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    hoverlabel: { bgcolor: theme.paper, bordercolor: theme.axis, font: { color: theme.font, size: 11 } },
+    showlegend: false,
+    xaxis: { ...axis, title: titled(words.x_label) },
+    yaxis: { ...axis, title: titled(words.y_label) },
+    uirevision: "kept",
+  };
+}
+
+const CONFIG = { displaylogo: false, responsive: false, displayModeBar: "hover" };
+
+// A button of plotly's bar that saves the chart with its title, legend and background.
+function exportButton(plotly, title, theme) {
+  const click = (gd) => {
+    const layout = { ...gd.layout, paper_bgcolor: theme().paper, showlegend: true };
+    layout.title = { text: title, font: { size: 15 } };
+    layout.margin = { l: 64, r: 16, t: 44, b: 44 };
+    layout.legend = { orientation: "h", y: -0.15 };
+    const filename = `polrl ${title}`.replace(/\W+/g, "-");
+    plotly.downloadImage({ data: gd.data, layout }, { format: "png", width: 900, height: 520, scale: 2, filename });
+  };
+  return { name: "png", title: "Save as PNG", icon: plotly.Icons.camera, click };
+}
+
+const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
+
+// ---------------------------------------------------------------------------------------------- views
+
+// Images on one canvas, scaled by whole pixels; words beside the rows and above the columns.
+function drawImages(body, view, width) {
+  const [rows, columns, height, cell, channels = 1] = view.data[0].shape;
+  const gap = 1;
+  const wide = columns * (cell + gap) - gap;
+  const high = rows * (height + gap) - gap;
+  if (!body.canvas) {
+    body.replaceChildren();
+    body.classList.add("polrl-images");
+    make("div", "polrl-corner", body);
+    body.heads = make("div", "polrl-columns", body);
+    body.sides = make("div", "polrl-rows", body);
+    body.canvas = make("canvas", "", body);
+  }
+  const { canvas, heads, sides } = body;
+  if (canvas.width !== wide || canvas.height !== high || body.width !== width) {
+    body.width = width;
+    canvas.width = wide;
+    canvas.height = high;
+    const room = Math.min((width - 90) / wide, 200 / high);
+    const scale = room >= 1 ? Math.min(8, Math.floor(room)) : room;
+    canvas.style.width = heads.style.width = `${wide * scale}px`;
+    canvas.style.height = sides.style.height = `${high * scale}px`;
+    heads.replaceChildren(...view.column_labels.map((word) => make("span", "", null, word)));
+    sides.replaceChildren(...view.row_labels.map((word) => make("span", "", null, word)));
+  }
+  const pixels = view.data[0].values;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(wide, high);
+  const out = new Uint32Array(image.data.buffer);
+  let at = 0;
+  for (let row = 0; row < rows; row++)
+    for (let column = 0; column < columns; column++)
+      for (let i = 0; i < height; i++) {
+        let to = (row * (height + gap) + i) * wide + column * (cell + gap);
+        for (let j = 0; j < cell; j++, at += channels, to++) {
+          const red = pixels[at];
+          const green = channels === 3 ? pixels[at + 1] : red;
+          const blue = channels === 3 ? pixels[at + 2] : red;
+          out[to] = (255 << 24) | (blue << 16) | (green << 8) | red;
+        }
+      }
+  context.putImageData(image, 0, 0);
+}
+
+const BLUE = [0, 114, 178];
+const RED = [213, 94, 0];
+
+// Tokens as text, each on a tint of its number.
+function drawTokens(body, view) {
+  const { low, high, diverging } = view;
+  const lines = view.lines.map((tokens, row) => {
+    const line = make("div", "polrl-line");
+    tokens.forEach((token, i) => {
+      const value = view.data[row].values[i];
+      const middle = diverging ? (low + high) / 2 : low;
+      const share = (value - middle) / Math.max(Math.abs((value < middle ? low : high) - middle), 1e-12);
+      const tint = share < 0 ? RED : BLUE;
+      const span = make("span", "polrl-token", line, token);
+      span.style.background = `rgba(${tint},${0.6 * Math.min(1, Math.abs(share))})`;
+      span.title = `${token} ${value.toPrecision(3)}`;
+    });
+    return line;
+  });
+  body.classList.add("polrl-tokens");
+  body.replaceChildren(...lines);
+}
+
+function ramp(theme, diverging) {
+  const paper = theme.paper === "rgba(0, 0, 0, 0)" ? (theme.dark ? "#111" : "#fff") : theme.paper;
+  if (diverging) return [[0, "#D55E00"], [0.5, paper], [1, "#0072B2"]];
+  return [[0, paper], [0.5, theme.dark ? "#00578a" : "#7fb8d8"], [1, theme.dark ? "#9fd8f7" : "#00426b"]];
+}
+
+// Traces and layout of the views that plotly draws.
+function viewFigure(view, theme, colors) {
+  const layout = baseLayout(theme, view);
+  if (view.x_range) layout.xaxis.range = view.x_range;
+  if (view.y_range) layout.yaxis.range = view.y_range;
+  const named = view.data.filter((array) => array.name !== "");
+  const color = (i) => colors[i % colors.length];
+  const draw = {
+    Bars: () => {
+      layout.bargap = 0.25;
+      return named.map((a, i) => ({ type: "bar", x: view.labels, y: a.values, marker: { color: color(i) } }));
+    },
+    Histogram: () => {
+      layout.yaxis.rangemode = "tozero";
+      return named.map((a, i) => ({
+        type: "scatter", mode: "lines", x: view.data[0].values, y: [...a.values, a.values.at(-1)],
+        fill: "tozeroy", fillcolor: `${color(i)}33`, line: { shape: "hv", width: 1.5, color: color(i) },
+      }));
+    },
+    Lines: () => named.map((a, i) => ({
+      type: "scatter", mode: "lines", x: view.data[0].values, y: a.values, line: { width: 1.8, color: color(i) },
+    })),
+    Points: () => named.map((a, i) => ({
+      type: "scatter", mode: "markers", marker: { size: 4, opacity: 0.65, color: color(i) },
+      x: a.values.filter((_, k) => k % 2 === 0), y: a.values.filter((_, k) => k % 2 === 1),
+    })),
+    Heatmap: () => {
+      const [rows, columns] = view.data[0].shape;
+      const z = Array.from({ length: rows }, (_, r) => view.data[0].values.subarray(r * columns, (r + 1) * columns));
+      const ends = view.data[0].values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
+      const reach = Math.max(...ends.map(Math.abs));
+      layout.yaxis.autorange = "reversed";
+      layout.xaxis.showgrid = layout.yaxis.showgrid = false;
+      const ticks = (axis, words) => words.length && Object.assign(axis, { tickvals: words.map((_, i) => i), ticktext: words });
+      ticks(layout.xaxis, view.column_labels);
+      ticks(layout.yaxis, view.row_labels);
+      return [{
+        type: "heatmap", z, colorscale: ramp(theme, view.diverging), xgap: rows * columns < 900 ? 1 : 0,
+        ygap: rows * columns < 900 ? 1 : 0, zmin: view.low ?? (view.diverging ? -reach : ends[0]),
+        zmax: view.high ?? (view.diverging ? reach : ends[1]),
+        colorbar: { thickness: 8, outlinewidth: 0, tickfont: { size: 10, color: theme.muted }, nticks: 4, xpad: 6 },
+      }];
+    },
+  }[view.kind]();
+  draw.forEach((trace, i) => (trace.name = named[i]?.name ?? ""));
+  return [draw, layout];
+}
+
+// ---------------------------------------------------------------------------------------------- one display
+
+class Panel {
+  constructor(store, el, painted) {
+    this.store = store;
+    this.painted = painted;
+    this.el = make("div", "polrl-board", el);
+    this.rows = make("div", "polrl-tracks", this.el);
+    this.message = make("div", "polrl-message", this.el);
+    this.message.setAttribute("role", "status");
+    this.grid = make("div", "polrl-charts", this.el);
+    this.gallery = make("div", "polrl-views", this.el);
+    this.charts = new Map();
+    this.boxes = new Map();
+    this.queue = new Map(); // figure -> function that draws it by plotly, oldest first
+    this.quick = new Map(); // the same for what is drawn without plotly
+    this.hidden = new Map(); // the same for what is scrolled out of sight
+    this.theme = readTheme(this.el);
+    this.watch();
+    shelf().ready.then(() => this.refresh());
+    this.refresh();
+  }
+
+  watch() {
+    this.sight = new IntersectionObserver((entries) => entries.forEach((entry) => {
+      entry.target.away = !entry.isIntersecting;
+      const draw = this.hidden.get(entry.target);
+      if (entry.isIntersecting && draw) this.enqueue(entry.target, draw);
+    }));
+    this.size = new ResizeObserver(() => {
+      this.retheme(); // the first time the display hangs in the page and has colours
+      this.arrange();
+    });
+    this.size.observe(this.el);
+    this.colors = new MutationObserver(() => [0, 100, 400, 1500].forEach((ms) => setTimeout(() => this.retheme(), ms)));
+    for (const node of [document.body, document.documentElement]) {
+      this.colors.observe(node, { attributes: true, attributeFilter: ["class", "style", "data-jp-theme-light",
+        "data-jp-theme-name", "data-vscode-theme-kind", "theme"] });
+    }
+    this.scheme = matchMedia("(prefers-color-scheme: dark)");
+    this.onScheme = () => this.retheme();
+    this.scheme.addEventListener("change", this.onScheme);
+  }
+
+  close() {
+    this.closed = true;
+    for (const observer of [this.sight, this.size, this.colors]) observer.disconnect();
+    this.scheme.removeEventListener("change", this.onScheme);
+    const { plotly } = shelf();
+    if (plotly) this.el.querySelectorAll(".js-plotly-plot").forEach((gd) => plotly.purge(gd));
+    this.el.remove();
+  }
+
+  retheme() {
+    const theme = readTheme(this.el);
+    if (this.closed || JSON.stringify(theme) === JSON.stringify(this.theme)) return;
+    this.theme = theme;
+    this.refresh();
+  }
+
+  color(track) {
+    if (track.ghost) return this.store.setup.ghost;
+    const { palette } = this.store.setup;
+    const color = palette[track.color % palette.length];
+    return color === "ink" ? this.theme.font : color;
+  }
+
+  // Rebuild everything from the store.
+  refresh() {
+    this.buildTracks();
+    this.buildCharts();
+    this.update({ metrics: null, views: [...this.store.views.keys()] });
+    for (const [key, box] of this.boxes) {
+      if (this.store.views.has(key)) continue;
+      box.figure.remove();
+      this.boxes.delete(key);
+    }
+    this.arrange();
+  }
+
+  // Show a change: words now, drawings in turn.
+  update({ metrics, views, marks }) {
+    this.wordsDirty = true;
+    for (const chart of this.charts.values()) {
+      if (metrics === null || marks || chart.spec.metrics.some((metric) => metrics.has(metric))) {
+        this.enqueue(chart.figure, () => this.drawChart(chart));
+      }
+    }
+    for (const key of views) {
+      const view = this.store.views.get(key);
+      if (view) this.enqueue(this.box(key, view).figure, () => this.drawView(key));
+    }
+    this.wake();
+  }
+
+  enqueue(figure, draw) {
+    const wait = figure.away && figure.drawn; // what is out of sight is drawn once, and again when it comes back
+    (wait ? this.hidden : figure.quick ? this.quick : this.queue).set(figure, draw);
+    if (!wait) this.hidden.delete(figure);
+    this.wake();
+  }
+
+  wake() {
+    this.waking ??= requestAnimationFrame(() => this.tick());
+  }
+
+  tick() {
+    this.waking = null;
+    if (this.closed || !this.el.isConnected) return;
+    if (this.wordsDirty) this.writeWords();
+    for (const [figure, draw] of this.quick) {
+      this.quick.delete(figure);
+      draw();
+      figure.drawn = true;
+    }
+    if (this.queue.size && shelf().plotly && performance.now() >= shelf().freeAt) this.drawNext();
+    this.painted();
+    if (this.queue.size && shelf().plotly) {
+      clearTimeout(this.resting);
+      this.resting = setTimeout(() => this.wake(), Math.max(LONELY, shelf().freeAt - performance.now()));
+    }
+  }
+
+  // One chart or view; what has waited longest comes first.
+  drawNext() {
+    const begun = performance.now();
+    const [figure, draw] = this.queue.entries().next().value;
+    this.queue.delete(figure);
+    draw();
+    figure.drawn = true;
+    const ended = performance.now();
+    shelf().freeAt = ended + Math.min(400, REST * (ended - begun));
+  }
+
+  // -- words
+
+  buildTracks() {
+    const shown = this.store.setup.tracks.filter((track) => !track.ghost);
+    this.tracks = new Map();
+    this.rows.replaceChildren();
+    for (const track of shown) {
+      const row = make("div", "polrl-track", this.rows);
+      row.dataset.track = track.id;
+      const swatch = make("span", "polrl-swatch", row);
+      swatch.style.borderTopColor = this.color(track);
+      swatch.style.borderTopStyle = { solid: "solid", dot: "dotted" }[track.dash] ?? "dashed";
+      make("span", "polrl-label", row, track.label);
+      const count = (name, unit) => {
+        const item = make("span", "polrl-count", row);
+        const value = make("span", name, item, "0");
+        make("span", "polrl-unit", item, unit);
+        return value;
+      };
+      const words = { step: count("polrl-step", "steps"), ups: count("polrl-ups", "updates/s") };
+      for (const name of ["phase", "state", "device"]) words[name] = make("span", `polrl-${name}`, row);
+      words.applied = make("div", "polrl-applied", row);
+      words.values = new Map();
+      this.tracks.set(track.id, words);
+    }
+    this.wordsDirty = true;
+  }
+
+  writeWords() {
+    this.wordsDirty = false;
+    for (const [id, parts] of this.tracks) {
+      const words = this.store.words.get(id);
+      if (!words) continue;
+      put(parts.step, words.step.toLocaleString("en-US"));
+      parts.step.dataset.value = words.step;
+      put(parts.ups, words.ups === null ? "–" : words.ups.toFixed(words.ups < 10 ? 1 : 0));
+      for (const name of ["phase", "state", "device"]) put(parts[name], words[name]);
+      parts.state.dataset.state = words.state;
+      for (const [name, text] of Object.entries(words.applied)) {
+        if (!parts.values.has(name)) {
+          const pair = make("span", "polrl-pair", parts.applied);
+          make("span", "polrl-unit", pair, name);
+          parts.values.set(name, make("span", `polrl-value polrl-applied-${cssName(name)}`, pair));
+        }
+        put(parts.values.get(name), text);
+      }
+    }
+    put(this.message, this.store.message.text);
+    this.message.dataset.level = this.store.message.level;
+  }
+
+  // -- charts
+
+  buildCharts() {
+    const specs = this.store.setup.charts;
+    if ([...this.charts.keys()].join() === specs.map((spec) => spec.id).join()) return;
+    this.grid.replaceChildren();
+    this.charts.clear();
+    for (const spec of specs) {
+      const figure = make("figure", `polrl-chart polrl-chart-${cssName(spec.id)}`, this.grid);
+      const caption = make("figcaption", "", figure);
+      make("span", "polrl-title", caption, spec.title);
+      make("span", "polrl-unit", caption, [spec.y_label, spec.log && "log", "by step"].filter(Boolean).join(", "));
+      if (spec.metrics.length > 1) makeLegend(caption, spec.metrics.map((name, i) => ({ name, dash: DASHES[i % DASHES.length] })));
+      const plot = make("div", "polrl-plot", figure);
+      plot.setAttribute("role", "img");
+      plot.setAttribute("aria-label", `${spec.title}: ${spec.metrics.join(", ")} by training step`);
+      this.charts.set(spec.id, { spec, figure, plot });
+      this.sight.observe(figure);
+    }
+  }
+
+  traces(spec) {
+    const { tracks } = this.store.setup;
+    const ordered = [...tracks.filter((t) => t.ghost), ...tracks.filter((t) => !t.ghost)];
+    const several = ordered.length > 1;
+    return ordered.flatMap((track) => spec.metrics.map((metric, i) => {
+      const { x, y } = this.store.curve(track.id, metric);
+      const name = [several && track.label, (spec.metrics.length > 1 || !several) && metric].filter(Boolean).join(" · ");
+      return {
+        type: "scatter", x, y, name, mode: x.length > 24 ? "lines" : "lines+markers", marker: { size: 4 },
+        line: { color: this.color(track), width: track.ghost ? 1 : 1.5, dash: i ? DASHES[i % DASHES.length] : track.dash },
+        opacity: track.ghost ? 0.6 : 1, hoverinfo: track.ghost ? "skip" : "all",
+        hovertemplate: track.ghost ? undefined : "%{y:.4~g}",
+      };
+    }));
+  }
+
+  // Marks are curves on a hidden axis from 0 to 1: one line for many marks, which shapes would draw one by one. Words
+  // are a trace of their own, because plotly loses labels of a trace in which some are empty.
+  markTraces() {
+    const { tracks, marks } = this.store.setup;
+    const shown = tracks.filter((track) => !track.ghost);
+    const kinds = { knob: "dot", phase: "solid", fork: "dash", rewind: "dash" };
+    const base = { type: "scatter", yaxis: "y2", showlegend: false, name: "", opacity: 0.75 };
+    return shown.flatMap((track) => {
+      const color = shown.length > 1 ? this.color(track) : this.theme.mark;
+      const prefix = shown.length > 1 ? `${track.label}: ` : "";
+      const own = marks.filter((mark) => mark.track === track.id);
+      const lines = Object.entries(kinds).map(([kind, dash]) => [dash, own.filter((mark) => mark.kind === kind)]);
+      const named = own.filter((mark) => mark.kind !== "knob");
+      return [
+        ...lines.filter(([, some]) => some.length).map(([dash, some]) => ({
+          ...base, mode: "lines", line: { width: 1, dash, color },
+          x: some.flatMap(({ step }) => [step, step, null]), y: some.flatMap(() => [0, 1, null]),
+          text: some.flatMap(({ text }) => [prefix + text, prefix + text, ""]), hovertemplate: "%{text}<extra></extra>",
+        })),
+        ...(named.length ? [{
+          ...base, mode: "text", hoverinfo: "skip", x: named.map(({ step }) => step), y: named.map(() => 1),
+          text: named.map(({ text }) => text), textposition: "bottom right", textfont: { size: 10, color: this.theme.muted },
+        }] : []),
+      ];
+    });
+  }
+
+  // Ticks of a logarithmic axis: 1, 2, 5 over few decades, else whole decades.
+  logTicks(spec) {
+    let [low, high] = [Infinity, 0];
+    for (const { id } of this.store.setup.tracks) {
+      for (const metric of spec.metrics) {
+        for (const y of this.store.curve(id, metric).y) if (y > 0) [low, high] = [Math.min(low, y), Math.max(high, y)];
+      }
+    }
+    const decades = Math.log10(high / low);
+    return decades < 2.5 || !Number.isFinite(decades) ? "D2" : Math.ceil(decades / 6);
+  }
+
+  drawChart(chart) {
+    const { plotly } = shelf();
+    if (!plotly) return;
+    const { spec, plot } = chart;
+    const layout = baseLayout(this.theme, {});
+    if (spec.log) Object.assign(layout.yaxis, { type: "log", tickformat: "~g", dtick: this.logTicks(spec) });
+    layout.hovermode = "x unified";
+    layout.xaxis.rangemode = "tozero";
+    layout.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
+    layout.datarevision = chart.revision = (chart.revision ?? 0) + 1;
+    const buttons = [[exportButton(plotly, spec.title, () => this.theme)], ["zoom2d", "pan2d", "resetScale2d"]];
+    plotly.react(plot, [...this.traces(spec), ...this.markTraces()], layout, (chart.config ??= { ...CONFIG, modeBarButtons: buttons }));
+  }
+
+  // -- views
+
+  box(key, view) {
+    if (!this.boxes.has(key)) {
+      const figure = make("figure", `polrl-view polrl-view-${cssName(view.name)} polrl-${view.kind.toLowerCase()}`);
+      const caption = make("figcaption", "", figure);
+      figure.quick = view.kind === "ImageGrid" || view.kind === "Tokens";
+      const box = { figure, title: make("span", "polrl-title", caption), owner: make("span", "polrl-unit", caption) };
+      box.body = make("div", "polrl-body", figure);
+      box.body.setAttribute("role", "img");
+      this.boxes.set(key, box);
+      const names = [...new Set([...this.store.views.values()].map((other) => other.name))];
+      figure.style.order = names.indexOf(view.name); // the same view of several tracks side by side
+      this.gallery.append(figure);
+      this.sight.observe(figure);
+    }
+    return this.boxes.get(key);
+  }
+
+  drawView(key) {
+    const view = this.store.views.get(key);
+    const box = this.boxes.get(key);
+    if (!view || !box) return;
+    const tracks = this.store.setup.tracks.filter((track) => !track.ghost);
+    const track = tracks.find((other) => other.id === view.track);
+    put(box.title, view.title);
+    put(box.owner, tracks.length > 1 && track ? track.label : "");
+    box.body.setAttribute("aria-label", view.alt);
+    if (view.kind === "ImageGrid") return drawImages(box.body, view, this.gallery.clientWidth);
+    if (view.kind === "Tokens") return drawTokens(box.body, view);
+    const { plotly } = shelf();
+    if (!plotly) return;
+    const palette = this.store.setup.palette.filter((color) => color !== "ink");
+    const [traces, layout] = viewFigure(view, this.theme, palette);
+    const items = traces.length > 1 ? traces.map(({ name }, i) => ({ name, color: palette[i % palette.length] })) : [];
+    if (box.items !== (box.items = JSON.stringify(items))) {
+      box.legend?.remove();
+      box.legend = makeLegend(box.title.parentNode, items);
+    }
+    box.config ??= { ...CONFIG, modeBarButtons: [[exportButton(plotly, view.title, () => this.theme)]] };
+    plotly.react(box.body, traces, layout, box.config);
+  }
+
+  // As many columns as fit, with rows of about equal length.
+  arrange() {
+    const width = this.el.clientWidth;
+    if (!width || !this.charts.size) return;
+    const most = Math.max(1, Math.floor(width / CHART_WIDTH));
+    const columns = Math.ceil(this.charts.size / Math.ceil(this.charts.size / most));
+    this.grid.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    if (width === this.lastWidth) return;
+    this.lastWidth = width;
+    for (const gd of this.el.querySelectorAll(".js-plotly-plot")) shelf().plotly?.Plots.resize(gd);
+    for (const [key, view] of this.store.views) {
+      if (view.kind === "ImageGrid" && this.boxes.has(key)) this.enqueue(this.boxes.get(key).figure, () => this.drawView(key));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- slider names
+
+// Keep the accessible names of the sliders below one element, those displayed later included.
+class SliderNames {
+  constructor() {
+    this.roots = new Map();
+  }
+
+  follow({ root, names }) {
+    this.names = names;
+    if (!root) return;
+    for (const el of document.querySelectorAll(`.${CSS.escape(root)}`)) {
+      if (!this.roots.has(el)) {
+        const observer = new MutationObserver(() => this.apply(el));
+        observer.observe(el, { childList: true, subtree: true, characterData: true, attributeFilter: ["aria-valuetext"] });
+        this.roots.set(el, observer);
+      }
+      this.apply(el);
+    }
+    for (const [el, observer] of this.roots) {
+      if (el.isConnected) continue;
+      observer.disconnect();
+      this.roots.delete(el);
+    }
+  }
+
+  apply(root) {
+    const set = (node, name, value) => node.getAttribute(name) !== value && node.setAttribute(name, value);
+    for (const [css, name] of Object.entries(this.names)) {
+      for (const slider of root.querySelectorAll(`.${CSS.escape(css)}`)) {
+        const text = slider.querySelector(".widget-readout")?.textContent;
+        for (const handle of slider.querySelectorAll(".noUi-handle")) {
+          set(handle, "aria-label", name);
+          if (text) set(handle, "aria-valuetext", text);
+        }
+        for (const input of slider.querySelectorAll("input, select, [contenteditable]")) set(input, "aria-label", name);
+      }
+    }
+  }
+
+  close() {
+    for (const observer of this.roots.values()) observer.disconnect();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- the widget
+
+export default () => {
+  const store = new Store();
+  const panels = new Set();
+  const sliders = new SliderNames();
+  let [painted, ackAt, ackTimer] = [0, 0, null];
+
+  return {
+    initialize({ model }) {
+      const hello = (more) => model.send({ type: "hello", ...more });
+      let asked = true;
+      model.on("msg:custom", (content, buffers) => {
+        const changed = store.take(content, buffers);
+        if (!changed) {
+          if (!asked) hello();
+          asked = true;
+          return;
+        }
+        asked = false;
+        if (changed.setup) sliders.follow(store.setup.sliders);
+        for (const panel of panels) changed.setup ? panel.refresh() : panel.update(changed);
+      });
+      hello();
+      setTimeout(() => shelf().plotly || shelf().begun || hello({ needs_library: true }), 5000);
+      return () => sliders.close();
+    },
+
+    render({ model, el }) {
+      const tell = () => {
+        ackTimer = null;
+        if (store.n <= painted) return;
+        ackAt = performance.now();
+        model.send({ type: "painted", n: (painted = store.n) });
+      };
+      const panel = new Panel(store, el, () => (ackTimer ??= setTimeout(tell, ackAt + ACK_EVERY - performance.now())));
+      panels.add(panel);
+      const timer = setInterval(() => store.setup.sliders.root && sliders.follow(store.setup.sliders), 1000);
+      return () => {
+        clearInterval(timer);
+        panels.delete(panel);
+        panel.close();
+      };
+    },
+  };
+};
