@@ -149,21 +149,19 @@ def info(words: list[str]) -> int:
 
 
 def _print_study(console: Any, slug: str) -> None:
-    from polrl.core.catalog import find_method, load_study, stored_result
-    from polrl.core.study import StudyResult
+    from polrl.core.catalog import find_method, load_study
+    from polrl.core.study import kept_result
 
     try:
         study = load_study(slug)
     except PolrlError:
         return
     console.print(f"\nClaim: {study.claim}", markup=False)
-    result = stored_result(slug)
+    result = kept_result(slug)
     if result is None:
         console.print("The full study has not been run yet.")
         return
-    import json
-
-    for verdict in StudyResult.from_json(json.dumps(result)).verdicts:
+    for verdict in result.verdicts:
         console.print(f"  {verdict}", markup=False)
     if find_method(slug).state == "to be run again":
         console.print("  The method has changed since: the study is to be run again.")

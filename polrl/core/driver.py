@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from polrl.core.errors import DivergedError
+from polrl.core.device import torch_threads
+from polrl.core.errors import DivergedError, KnobError
 from polrl.core.run import Run
 
 
@@ -20,9 +21,7 @@ class Driver:
     Parameters
     ----------
     runs : sequence of Run
-        Each gets one update a round.
-    threads : int, optional
-        torch threads of the background thread; that of the first run if not given.
+        Each gets one update a round, with its own number of torch threads.
 
     Attributes
     ----------
@@ -36,9 +35,8 @@ class Driver:
         What stopped the training last: the guard's message, or a traceback; "" if nothing did.
     """
 
-    def __init__(self, runs: Sequence[Run], threads: int | None = None) -> None:
-        self.runs = list(runs)
-        self.threads = runs[0].threads if threads is None else threads
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs: list[Run] = []
         self.on_tick: Callable[[], None] | None = None
         self.tick_seconds = 0.05
         self.speed_limit: float | None = None
@@ -47,8 +45,12 @@ class Driver:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="polrl-training", daemon=True)
-        for run in self.runs:
-            run.hand_over(self._thread)
+        try:
+            for run in runs:
+                self.add(run)
+        except BaseException:
+            self._let_go()
+            raise
         self._thread.start()
 
     @property
@@ -82,12 +84,25 @@ class Driver:
     def add(self, run: Run) -> None:
         """Drive one more run."""
         run.hand_over(self._thread)
-        self.runs.append(run)
+        run.diverged = None
+        with self._wake:
+            closed = self._stopping
+            if not closed:
+                self.runs.append(run)
+        if closed:
+            run.hand_over(None)
+            raise KnobError("this driver was closed; make a new one")
 
     def remove(self, run: Run) -> None:
-        """Leave a run to itself."""
-        self.runs.remove(run)
-        run.hand_over(None)
+        """Leave a run to itself, after the present update."""
+
+        def leave() -> None:
+            self.runs.remove(run)
+            run.hand_over(None)
+
+        left = run.post(leave)
+        self.nudge()
+        left.result()
 
     def close(self, timeout: float = 10.0) -> None:
         """End the thread after the present update; the runs can then be used directly again."""
@@ -99,53 +114,70 @@ class Driver:
             self._thread.join(timeout)
 
     def _work(self) -> None:
-        torch.set_num_threads(self.threads)
+        for run in self.runs[:1]:
+            torch.set_num_threads(run.threads)
         last_tick = last_round = 0.0
         try:
             while not self._stopping:
                 served = sum(run.serve() for run in list(self.runs))
-                if self._rounds_left > 0:
-                    self._keep_speed(last_round)
+                self._heed()
+                if self._rounds_left > 0 and self._may_go_on(last_round):
                     last_round = time.monotonic()
                     self._round()
                 now = time.monotonic()
                 if served or now - last_tick >= self.tick_seconds or self._rounds_left <= 0:
                     last_tick = now
                     self._tick()
+                    self._heed()
                 if self._rounds_left <= 0:
                     with self._wake:
                         if self._rounds_left <= 0 and not self._stopping and not self._commands_waiting():
                             self._wake.wait(0.05 if served else 0.2)
         finally:
-            for run in list(self.runs):
-                run.hand_over(None)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with self._wake:
+            self._stopping = True
+        for run in list(self.runs):
+            run.hand_over(None)
 
     def _commands_waiting(self) -> bool:
         return any(not run._commands.empty() for run in self.runs)
 
-    def _keep_speed(self, last_round: float) -> None:
-        if not self.speed_limit:
-            return
-        due = last_round + 1 / self.speed_limit
-        while (wait := due - time.monotonic()) > 0 and not self._stopping and self._rounds_left > 0:
+    def _may_go_on(self, last_round: float) -> bool:
+        """Wait until the speed limit allows another round; False if something else has come up by then."""
+        while limit := self.speed_limit:
+            wait = last_round + 1 / limit - time.monotonic()
+            if wait <= 0:
+                break
+            if self._stopping or self._rounds_left <= 0 or self._commands_waiting():
+                return False
             time.sleep(min(wait, 0.02))
-            if self._commands_waiting():
-                return
+        return self._rounds_left > 0
+
+    def _heed(self) -> None:
+        """Pause if a run has gone back, whoever found its numbers to be bad."""
+        for run in list(self.runs):
+            if run.diverged is not None:
+                self.error, run.diverged = str(run.diverged), None
+                self._rounds_left = 0
 
     def _round(self) -> None:
         with self._guard():
             for run in list(self.runs):
-                run.single_step()
-            self._rounds_left -= 1
+                with torch_threads(run.threads):
+                    run.single_step()
+            with self._wake:
+                self._rounds_left -= 1
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
         """Pause on whatever goes wrong, and keep the words."""
         try:
             yield
-        except DivergedError as diverged:
-            self.error = str(diverged)
-            self._rounds_left = 0
+        except DivergedError:
+            self._heed()
         except BaseException:
             self.error = traceback.format_exc()
             self._rounds_left = 0

@@ -123,7 +123,7 @@ class History:
         for line in lines:
             try:
                 step, phase, values = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 break
             if step > until:
                 break

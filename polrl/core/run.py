@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -100,6 +101,8 @@ class Run:
         self.message = ""
         #: After `replay`: True if all numbers came out alike; None for any other run.
         self.identical: bool | None = None
+        #: The last divergence, until a driver has heeded it.
+        self.diverged: DivergedError | None = None
         self._history = History()
         self._evaluations = History()
         self._tape = Tape(method=learner.slug(), config=learner.config.model_dump(mode="json"), threads=self.threads)
@@ -109,10 +112,11 @@ class Run:
         self._checked = time.monotonic()
         self._saved = time.monotonic()
         self._save_cost = 0.0
+        self._save_trouble = ""
         self._rows_cut = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.RLock()
-        self._door = threading.Lock()
+        self._door = threading.RLock()
         self._driver: threading.Thread | None = None
         self._folder: RunFolder | None = None
         if folder is not None:
@@ -158,8 +162,8 @@ class Run:
             if driver is not None and self._driver is not None:
                 raise KnobError("this run is driven by another thread already")
             self._driver = driver
-        if driver is None:
-            self.serve()
+            if driver is None:
+                self.serve()  # before anyone else's command, which waits at the door
 
     def serve(self) -> int:
         """Carry out the commands that are waiting; called by the training thread. Returns how many."""
@@ -189,7 +193,7 @@ class Run:
         DivergedError
             If a metric is not finite; the run is then back at its last finite state.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        if not _is_whole(steps) or steps < 0:
             raise KnobError(f"steps must be a whole number of at least 0, got {steps!r}")
         self.post(lambda: self._advance(steps)).result()
 
@@ -209,9 +213,8 @@ class Run:
         step = learner.step + 1
         try:
             self._history.append(step, phase, learner.update())
-        except BaseException:  # an interrupt, say, with half an update done: undo it
-            self._history.keep_until(step - 1)
-            self._restore(step - 1)
+        except BaseException:  # an interrupt, say, with half an update done
+            self._undo_half_step(step - 1)
             raise
         if learner.phase != phase:
             self.phase_marks.append((step, learner.phase))
@@ -220,6 +223,13 @@ class Run:
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
             self._autosave_if_due()
+
+    def _undo_half_step(self, before: int) -> None:
+        self._history.keep_until(before)
+        try:
+            self._restore(before)
+        except BaseException:  # it fails again, or the person is impatient: the newest snapshot must do
+            self._return_to(self._snapshots[-1][0])
 
     def check(self) -> None:
         """Read the metrics that are waiting; go back and raise DivergedError if one is not finite."""
@@ -236,12 +246,13 @@ class Run:
         last = next((c for c in reversed(self._tape.changes) if c.step < step), None)
         self._return_to(restored)
         cause = f"the last change was {last.knob}={last.value!r} at step {last.step}" if last else "no knob was moved"
-        raise DivergedError(
+        self.diverged = DivergedError(
             f"{metric} was not finite at step {step}; {cause}; the run is back at step {restored}",
             step=step,
             metric=metric,
             restored_step=restored,
         )
+        raise self.diverged
 
     def tune(self, **values: Any) -> None:
         """Turn knobs; the very next update uses the new values, and the tape keeps them.
@@ -360,8 +371,9 @@ class Run:
 
     def _rewind(self, step: int) -> None:
         self.check()
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.step:
+        if not _is_whole(step) or not 0 <= step <= self.step:
             raise KnobError(f"step must be a whole number from 0 to {self.step}, got {step!r}")
+        step = int(step)
         if step == self.step:
             return
         if not self._snapshots or self._snapshots[0][0] > step:
@@ -433,9 +445,16 @@ class Run:
     # ---- saving ----------------------------------------------------------------------------------------------
 
     def _open(self, folder: Path) -> None:
-        self._folder = RunFolder(folder)
+        former, self._folder = self._folder, RunFolder(folder)
+        try:
+            self._save()
+        except BaseException:
+            self._folder.close()
+            self._folder = former
+            raise
         weakref.finalize(self, self._folder.close)
-        self._save()
+        if former is not None:
+            former.close()
 
     def save(self, folder: str | Path | None = None) -> Path:
         """Save everything now.
@@ -452,7 +471,7 @@ class Run:
         """
         if folder is None and self._folder is None:
             raise KnobError("folder must be given: this run lives in memory only so far")
-        if folder is not None and (self._folder is None or Path(folder) != self._folder.path):
+        if folder is not None and (self._folder is None or Path(folder).resolve() != self._folder.path.resolve()):
             self.post(lambda: self._open(Path(folder))).result()
         else:
             self.post(self._save).result()
@@ -474,6 +493,8 @@ class Run:
         self._rows_cut = False
         self._saved = time.monotonic()
         self._save_cost = self._saved - began
+        if self.message == self._save_trouble:
+            self.message = ""
 
     def _autosave_if_due(self) -> None:
         if self._folder is None or not self.autosave:
@@ -487,13 +508,17 @@ class Run:
             self._save()
         except OSError as error:
             self._saved = time.monotonic()
-            self.message = f"saving to {self._folder.path} failed ({error}); the last good save still stands"
+            self._save_trouble = f"saving to {self._folder.path} failed ({error}); the last good save still stands"
+            self.message = self._save_trouble
             warnings.warn(self.message, stacklevel=2)
 
     def close(self) -> None:
         """Save, if the run has a folder, and let others write to it."""
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             self.post(self._save).result()
+        finally:
             self._folder.close()
             self._folder = None
 
@@ -535,8 +560,11 @@ class Run:
         run._folder = store
         run._rows_cut = True  # rows after the state that was read are written anew at the next saving
         weakref.finalize(run, store.close)
-        if "warning" in notes:
-            run.message = notes["warning"]
+        trouble = [notes["warning"]] if "warning" in notes else []
+        if run._history.digest() != tape.digest:
+            trouble.append(f"the history in {folder} was damaged; the state at step {run.step} is whole")
+        if trouble:
+            run.message = "; ".join(trouble)
             warnings.warn(run.message, stacklevel=2)
         return run
 
@@ -565,6 +593,10 @@ class Run:
             reason = f"these differ: {', '.join(differing)}" if differing else "versions are the same"
             run.message = f"the replay's numbers differ from the tape's; {reason}"
         return run
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _learner_class(method: str, given: type[Learner[Any]] | None) -> type[Learner[Any]]:

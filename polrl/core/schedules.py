@@ -53,4 +53,4 @@ def step_decay(budget: int, every: int, by: float = 0.1) -> Schedule:
 
 def warmup(steps: int, start: float = 0.01) -> Schedule:
     """A straight line from `start` to 1 over `steps` steps, then 1."""
-    return Schedule(lambda step: min(1.0, start + (1 - start) * step / max(1, steps)), steps + 1)
+    return Schedule(lambda step: start + (1 - start) * step / steps if step < steps else 1.0, steps + 1)

@@ -1,8 +1,9 @@
 """Run folders: where runs lie on the disk, how they are written, locked, listed and cleaned.
 
 A folder holds `state.safetensors` (the newest whole state, with the tape beside it), `state.previous.safetensors`
-(the one before), `history.jsonl` and `evaluations.jsonl` (rows that are only ever appended), and `ghost-N.jsonl`
-(branches that were abandoned by rewinding). Readers need nothing but JSON and safetensors.
+(the one before), `history-N.jsonl` and `evaluations-N.jsonl` (rows that are only ever appended). Each state names in
+its notes the N of its rows; a run that went back begins new files, so that no state ever stands beside rows of
+another branch. Readers need nothing but JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.path / "lock", timeout=0)
+        # Not a thread's own lock: a run may be opened in the thread that trains and closed in another.
+        self._lock = filelock.FileLock(self.path / "lock", timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -66,6 +68,8 @@ class RunFolder:
                 f"{self.path} is being written by another run; close that one, or give this one a folder of its own"
             ) from None
         self._written = {"history": 0, "evaluations": 0}
+        self._branch = 0
+        self._kept: list[int] = []
 
     def close(self) -> None:
         """Let others write to the folder."""
@@ -82,22 +86,26 @@ class RunFolder:
         tables : dict of str to History
             "history" and "evaluations".
         cut : bool
-            True if rows written earlier no longer hold (after rewinding): the state goes first, then the
-            tables are written anew. Otherwise new rows are appended first.
+            True if rows written earlier no longer hold (after rewinding): the tables go to new files. Otherwise
+            new rows are appended.
         """
-        if cut:
-            self._write_state(state, notes)
-            for name, table in tables.items():
-                write_atomic(self.path / f"{name}.jsonl", "".join(row + "\n" for row in table.rows()))
-                self._written[name] = len(table)
-            (self.path / PREVIOUS).unlink(missing_ok=True)
-            return
+        if cut or not self._branch:
+            self._branch = 1 + max(map(_branch_of, self._row_files()), default=0)
+            self._written = dict.fromkeys(tables, 0)
         for name, table in tables.items():
             self._append(name, table)
-        self._write_state(state, notes)
+        self._write_state(state, {**notes, "branch": self._branch})
+        self._kept = [*self._kept, self._branch][-2:]
+        if len(self._kept) == 2:  # the newest state and the one before are ours: no other rows are needed
+            for path in self._row_files():
+                if _branch_of(path) not in self._kept:
+                    path.unlink(missing_ok=True)
+
+    def _row_files(self) -> list[Path]:
+        return [path for name in self._written for path in self.path.glob(f"{name}-*.jsonl")]
 
     def _append(self, name: str, table: History) -> None:
-        path = self.path / f"{name}.jsonl"
+        path = self.path / f"{name}-{self._branch}.jsonl"
         if self._written[name] == 0:
             write_atomic(path, "".join(row + "\n" for row in table.rows()))
         elif len(table) > self._written[name]:
@@ -107,8 +115,8 @@ class RunFolder:
                     file.writelines(row + "\n" for row in table.rows(self._written[name]))
                     file.flush()
                     os.fsync(file.fileno())
-            except OSError:
-                os.truncate(path, size)  # the disk is full: half a row would hide those that come later
+            except BaseException:
+                os.truncate(path, size)  # the disk is full, say: half a row would hide those that come later
                 raise
         self._written[name] = len(table)
 
@@ -140,13 +148,17 @@ class RunFolder:
                 continue
             tables = {}
             for table in self._written:
-                rows = self.path / f"{table}.jsonl"
-                lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+                rows = self.path / f"{table}-{notes['branch']}.jsonl"
+                lines = rows.read_text(encoding="utf-8", errors="replace").splitlines() if rows.exists() else []
                 tables[table] = History.from_rows(lines, until=notes["step"])
             if problems:
                 notes["warning"] = f"{problems[0]}; the previous good state, at step {notes['step']}, was used"
             return state, notes, tables
         raise CheckpointError("; ".join(problems) or f"{self.path} holds no saved run")
+
+
+def _branch_of(path: Path) -> int:
+    return int(path.stem.rsplit("-", 1)[1])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import platformdirs
 
-from polrl.core.catalog import fingerprint
+from polrl.core.catalog import fingerprint, stored_result
 from polrl.core.errors import PolrlError, unknown_name
 from polrl.core.files import write_atomic
 from polrl.core.learner import Learner
@@ -315,3 +315,9 @@ def keep_result(result: StudyResult, folder: Path) -> Path:
     path = folder / f"{result.slug}.json"
     write_atomic(path, result.to_json() + "\n")
     return path
+
+
+def kept_result(slug: str) -> StudyResult | None:
+    """Return the kept result of a method's full study, or None if there is none yet."""
+    stored = stored_result(slug)
+    return None if stored is None else StudyResult.from_json(json.dumps(stored))

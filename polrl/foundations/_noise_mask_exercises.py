@@ -56,9 +56,7 @@ _LOSS_MISTAKES: dict[str, Loss] = {
     "The sign is wrong: L is minimised, and the cross-entropy is a cost, so there is no minus.": _loss(
         combine=lambda score, costs: -joint_objective(score, costs)
     ),
-    "The score's sign is wrong: it is the log-density itself, not its negative.": _loss(
-        lambda *x: -lse_score(*x)
-    ),
+    "The score's sign is wrong: it is the log-density itself, not its negative.": _loss(lambda *x: -lse_score(*x)),
     "This credits each image with its own cross-entropy; E7 multiplies the batch's mean score by the batch's "
     "mean cross-entropy.": _loss(combine=lambda score, costs: (score * costs).mean()),
     "There is a sum over the batch; E7 multiplies two means over the batch.": _loss(
@@ -158,13 +156,9 @@ def _render(
 
 
 _RENDER_MISTAKES = {
-    "The cells are enlarged by bilinear interpolation; E5 takes the nearest neighbour.": _render(
-        mode="bilinear"
-    ),
+    "The cells are enlarged by bilinear interpolation; E5 takes the nearest neighbour.": _render(mode="bilinear"),
     "Enlarged with 'nearest-exact'; the official code takes 'nearest'.": _render(mode="nearest-exact"),
-    "Rows and columns are exchanged: cells are row-major, cell 1 stands to the right of cell 0.": _render(
-        turned=True
-    ),
+    "Rows and columns are exchanged: cells are row-major, cell 1 stands to the right of cell 0.": _render(turned=True),
     "The blur pads with zeros, which darkens the edges; mirror the image there (mode='reflect').": _render(
         padding="constant"
     ),
@@ -257,9 +251,7 @@ def check_expected_score_gradient(function: Any) -> Feedback:
 
 
 def _estimate(function: Any, alpha: float, beta: float, cells: int, score: str) -> float:
-    hint = (
-        "Sample n masks at once, [n, D]; average the sum over cells of d score / d a (torch.autograd.grad)."
-    )
+    hint = "Sample n masks at once, [n, D]; average the sum over cells of d score / d a (torch.autograd.grad)."
     with seeded_globals(0):
         result = call(function, alpha, beta, cells, score, _MASKS, hint=hint)
     try:

@@ -37,7 +37,7 @@ class Config(polrl.Config):
     width: int = Field(8, ge=1)
     per_class: int = Field(10, ge=1, le=40)
     batch_size: int = Field(32, ge=2)  # the heads' batch norm needs two
-    grid: int = Field(8, ge=1, le=28)
+    grid: int = Field(8, ge=2, le=28)  # one cell alone can score below zero
     pretrain_epochs: int = Field(200, ge=0)
     finetune_epochs: int = Field(20, ge=0)
 
@@ -92,7 +92,7 @@ def mix_with_base(base: torch.Tensor, raw: torch.Tensor, base_mix: float) -> tor
 @equation("E3", r"\bar a\leftarrow\mu\,\bar a+(1-\mu)\,\mathrm{mean}_B\,\mathrm{sg}[u]", source="MaskGenerator.forward")
 def move_base(base: torch.Tensor, raw: torch.Tensor, base_momentum: float) -> torch.Tensor:
     """Move the base [1, D] towards the batch's mean raw output; no gradient passes."""
-    return base_momentum * base + (1 - base_momentum) * raw.detach().mean(dim=0, keepdim=True)
+    return base_momentum * base.detach() + (1 - base_momentum) * raw.detach().mean(dim=0, keepdim=True)
 
 
 @equation("E4", r"m_{ij}\sim\mathrm{Beta}(e^{a_{ij}},e^{b_{ij}})", source="train_one_epoch.py")
@@ -107,19 +107,26 @@ def render_mask(mask: torch.Tensor, size: int, kernel: int, sigma: float) -> tor
     grid = round(mask.shape[-1] ** 0.5)
     if grid * grid != mask.shape[-1]:
         raise ValueError(f"mask must hold a square number of cells, got {mask.shape[-1]}")
+    if sigma <= 0:
+        raise ValueError(f"sigma must be above 0, got {sigma!r}")
     if kernel % 2 == 0 or not 1 <= kernel < 2 * size:
         raise ValueError(f"kernel must be odd and below twice the size {size}, got {kernel!r}")
-    enlarged = F.interpolate(mask.reshape(-1, 1, grid, grid), size=(size, size))
+    spread = _enlarge_and_blur(grid, size, kernel, sigma, mask)
+    return (spread.T @ mask.reshape(-1, grid, grid) @ spread).unsqueeze(1)
+
+
+def _enlarge_and_blur(grid: int, size: int, kernel: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
+    """Return the matrix [grid, size] that enlarges and blurs a row: both are linear, and treat columns alike."""
     half = kernel // 2
-    offsets = torch.arange(-half, half + 1, dtype=mask.dtype, device=mask.device)
+    offsets = torch.arange(-half, half + 1, dtype=like.dtype, device=like.device)
     weights = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
-    padded = F.pad(enlarged, (half, half, half, half), mode="reflect")
-    return F.conv2d(F.conv2d(padded, weights.reshape(1, 1, 1, -1)), weights.reshape(1, 1, -1, 1))
+    rows = F.interpolate(torch.eye(grid, dtype=like.dtype, device=like.device).unsqueeze(1), size=size)
+    return F.conv1d(F.pad(rows, (half, half), mode="reflect"), weights.reshape(1, 1, -1)).squeeze(1)
 
 
 def log_density(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return log Beta(m; e^a, e^b) of each cell [B, D]."""
-    alpha, beta = a.exp(), b.exp()
+    """Return log Beta(m; e^a, e^b) of each cell [B, D]; the mask is a constant."""
+    alpha, beta, mask = a.exp(), b.exp(), mask.detach()
     log_norm = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
     return (alpha - 1) * mask.log() + (beta - 1) * torch.log1p(-mask) - log_norm
 
@@ -192,7 +199,7 @@ class NoiseMask(Learner[Config]):
 
     phases = ("pretrain", "finetune")
     constants = ("data",)
-    evaluate_every = 220
+    evaluate_every = 110
     curves = (
         Curve(("balanced_accuracy", "heated_accuracy", "train_accuracy"), "Accuracy", "share right"),
         Curve(("cross_entropy",), "Cross-entropy", "nats", log=True),
@@ -205,7 +212,8 @@ class NoiseMask(Learner[Config]):
         self.data = load_minirad(self.device, config.per_class)
         self.batches = EpochBatches(len(self.data.train_labels), config.batch_size, self.rng.torch)
         cells = config.grid**2
-        self.classifier = ConvNet(config.width, len(self.data.class_names)).to(self.device)
+        classifier = ConvNet(config.width, len(self.data.class_names))
+        self.classifier = classifier.to(self.device, memory_format=torch.channels_last)  # a quarter faster
         self.policy = TwoHeadedPolicy(cells).to(self.device)
         self.base_a, self.base_b = (torch.rand(1, cells, device=self.device, generator=self.rng.torch) for _ in "ab")
         self.classifier_optimizer, self.policy_optimizer, self.finetune_optimizer = (
@@ -239,10 +247,10 @@ class NoiseMask(Learner[Config]):
         )
         if config.score == "lse":
             score = lse_score(a, b, mask)
+            # A mean score below zero would make the classifier climb: not a number, and the guard stops the run.
+            score = score.where(score.mean() > 0, torch.nan)
             loss = joint_objective(score, cross_entropy)
             factor = score.detach().mean()
-            # A score below zero would make the classifier climb.
-            torch._assert_async(factor > 0, "the mean score of the masks is not positive: use a finer grid")
         else:
             score = log_density(a, b, mask).sum(dim=1)
             loss = reinforce_objective(score, cross_entropy)
@@ -276,17 +284,16 @@ class NoiseMask(Learner[Config]):
         return a, b, render_mask(mask, images.shape[-1], config.blur_kernel, config.blur_sigma), mask
 
     def end_epoch(self) -> None:
-        """Keep the last three epochs' weights, and go over to fine-tuning after the last."""
+        """Keep the last three epochs' weights; after the last, take their mean (E11) and go over to fine-tuning."""
         done = self.phase_step + 1
         if done % self.batches.per_epoch == 0 and done > self.pretrain_steps - 3 * self.batches.per_epoch:
             self.checkpoints = [*self.checkpoints, {k: v.clone() for k, v in self.classifier.state_dict().items()}]
         if done == self.pretrain_steps:
+            self.classifier.load_state_dict(average_checkpoints(self.checkpoints))
             self.enter("finetune")
 
     def finetune(self, images: torch.Tensor, labels: torch.Tensor) -> Metrics:
-        """E11: one step on clean images, from the mean of the last checkpoints; the policy is out of the game."""
-        if self.phase_step == 0 and self.checkpoints:
-            self.classifier.load_state_dict(average_checkpoints(self.checkpoints))
+        """One step on clean images; the policy is out of the game."""
         group = self.finetune_optimizer.param_groups[0]
         group["lr"], group["weight_decay"] = self.effective("finetune_lr"), self.config.weight_decay
         cross_entropy = F.cross_entropy(self.classifier(images), labels)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from polrl.core.errors import KnobError
+
 
 class EpochBatches:
     """Indices of minibatches; each epoch visits the data once, in a new order, without its last partial batch.
@@ -27,7 +29,7 @@ class EpochBatches:
 
     def __init__(self, count: int, batch_size: int, generator: torch.Generator) -> None:
         if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size must be from 1 to the number of examples, {count}, got {batch_size!r}")
+            raise KnobError(f"batch_size must be from 1 to the number of examples, {count}, got {batch_size!r}")
         self.count, self.batch_size = count, batch_size
         self.per_epoch = count // batch_size
         self._generator = generator

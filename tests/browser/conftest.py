@@ -76,17 +76,12 @@ class JupyterServer:
         self.url, self.token = f"http://127.0.0.1:{port}", "polrl-tests"
         homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
         homes |= {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
-        homes |= {
-            name: str(folder / name.lower())
-            for name in ("JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")
-        }
+        homes |= {name: str(folder / name.lower()) for name in ("JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
         for path in homes.values():
             pathlib.Path(path).mkdir(exist_ok=True)
         quiet = pathlib.Path(homes["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", "apputils-extension")
         quiet.mkdir(parents=True)
-        (quiet / "notification.jupyterlab-settings").write_text(
-            '{"fetchNews": "false", "checkForUpdates": false}'
-        )
+        (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         roots = [str(ROOT), str(ROOT / "widgets"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | homes | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
         self.log = (folder / "server.log").open("w")

@@ -65,20 +65,14 @@ def test_truncate_ghost_marks_and_message(lab) -> None:
     lab.wait_text(".polrl-label", "Second")
     assert lab.page.locator(".polrl-track").count() == 1
     lab.run_code("board.truncate('two'); board.remove_track('run')")
-    lab.page.wait_for_function(
-        "() => document.querySelector('.polrl-chart .js-plotly-plot').data.length === 1"
-    )
+    lab.page.wait_for_function("() => document.querySelector('.polrl-chart .js-plotly-plot').data.length === 1")
     assert lab.errors == []
 
 
 def test_two_boards_fetch_plotly_once(open_notebook) -> None:
     sizes: list[int] = []
-    notebook = open_notebook(
-        [SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"], run=False
-    )
-    notebook.page.on(
-        "websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame)))
-    )
+    notebook = open_notebook([SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"], run=False)
+    notebook.page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame))))
     notebook.page.reload()
     notebook.wait_kernel()
     notebook.run_all()
@@ -155,9 +149,7 @@ def test_sliders_have_accessible_names(open_notebook) -> None:
     notebook.page.keyboard.press("ArrowRight")
     readout = notebook.text(".polrl-knob-x .widget-readout")
     notebook.page.wait_for_selector(f".polrl-knob-x .noUi-handle[aria-valuetext='{readout}']")
-    notebook.run_code(
-        "late = ipywidgets.IntSlider(); late.add_class('polrl-knob-late'); box.children += (late,)"
-    )
+    notebook.run_code("late = ipywidgets.IntSlider(); late.add_class('polrl-knob-late'); box.children += (late,)")
     notebook.page.wait_for_selector(".polrl-knob-late .noUi-handle[aria-label='later']")
     assert notebook.errors == []
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("anywidget")
 
+from polrl.core.views import Bars, Curve, Heatmap, Histogram, ImageGrid, Lines, Points, Tokens, View
 from polrl_widgets import board as board_module
 from polrl_widgets.board import (
     MAX_MARKS,
@@ -26,28 +27,16 @@ from polrl_widgets.board import (
 )
 from polrl_widgets.static_views import draw_curves, draw_view, to_png
 
-from polrl.core.views import Bars, Curve, Heatmap, Histogram, ImageGrid, Lines, Points, Tokens, View
-
 EDGES = np.linspace(-1, 1, 9)
 VIEWS: dict[str, View] = {
-    "images": ImageGrid(
-        title="Masks", alt="Masks", images=np.random.rand(2, 3, 8, 8), row_labels=("in", "out")
-    ),
+    "images": ImageGrid(title="Masks", alt="Masks", images=np.random.rand(2, 3, 8, 8), row_labels=("in", "out")),
     "colours": ImageGrid(title="Samples", alt="Samples", images=np.random.rand(1, 2, 8, 8, 3)),
-    "bars": Bars(
-        title="Arms", alt="Arms", labels=["a", "b"], values={"policy": [0.2, 0.8], "data": [0.5, 0.5]}
-    ),
+    "bars": Bars(title="Arms", alt="Arms", labels=["a", "b"], values={"policy": [0.2, 0.8], "data": [0.5, 0.5]}),
     "histogram": Histogram(title="Actions", alt="Actions", edges=EDGES, counts={"policy": np.arange(8)}),
     "lines": Lines(title="Schedule", alt="Schedule", x=[0, 1, 2], y={"beta": [0, 1, 4]}, y_range=(0, 5)),
-    "heatmap": Heatmap(
-        title="Q", alt="Q", values=np.random.randn(3, 4), diverging=True, row_labels=list("abc")
-    ),
-    "points": Points(
-        title="Actions", alt="Actions", groups={"data": np.random.randn(50, 2), "policy": [[0, 0]]}
-    ),
-    "tokens": Tokens(
-        title="Text", alt="Text", lines=[["one", " $two"], [" three"]], values=[[0.1, 0.9], [0.5]]
-    ),
+    "heatmap": Heatmap(title="Q", alt="Q", values=np.random.randn(3, 4), diverging=True, row_labels=list("abc")),
+    "points": Points(title="Actions", alt="Actions", groups={"data": np.random.randn(50, 2), "policy": [[0, 0]]}),
+    "tokens": Tokens(title="Text", alt="Text", lines=[["one", " $two"], [" three"]], values=[[0.1, 0.9], [0.5]]),
 }
 
 
@@ -145,9 +134,7 @@ def test_frames_are_merged_while_the_page_is_silent(sink: Sink) -> None:
     for first in range(0, 50_000, 100):
         sink.frame({"run": TrackFrame(step=first + 100, points=points(first, first + 100))})
     sent = len(sink.messages)
-    assert (
-        sent == board_module.MAX_IN_FLIGHT or sent == 1
-    )  # the clock stands still: the line's budget may hold it too
+    assert sent == board_module.MAX_IN_FLIGHT or sent == 1  # the clock stands still: the line's budget may hold it too
     assert not sink.ready
     sink.paint()
     assert sink.messages[-1][0]["words"]["run"]["step"] == 50_000
@@ -245,10 +232,7 @@ def test_every_view_is_drawn_as_a_picture(name: str) -> None:
 
 def test_curves_are_drawn_with_marks_and_ghosts() -> None:
     steps = np.arange(200)
-    runs = {
-        name: pd.DataFrame({"step": steps, "loss": np.exp(-steps / k)})
-        for name, k in (("run", 50), ("old", 80))
-    }
+    runs = {name: pd.DataFrame({"step": steps, "loss": np.exp(-steps / k)}) for name, k in (("run", 50), ("old", 80))}
     curves = [Curve("loss", "Loss", log=True), Curve(("loss", "missing"), "Both", "nats")]
     figure = draw_curves(runs, curves, marks=[(50, "x 2", "knob"), (0, "clone", "phase")], ghosts=["old"])
     assert len(to_png(figure)) > 5_000

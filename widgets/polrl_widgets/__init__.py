@@ -3,8 +3,9 @@
 `Lab(NoiseMask())` in a notebook cell is the whole interface.
 """
 
+from .gallery import Gallery
 from .lab import Lab
 from .still import Still, still
 from .teaching import Predict, start, study_picture
 
-__all__ = ["Lab", "Predict", "Still", "start", "still", "study_picture"]
+__all__ = ["Gallery", "Lab", "Predict", "Still", "start", "still", "study_picture"]

@@ -1,20 +1,20 @@
 """The moving half of the lab: learning curves, step counters, applied strengths and views in one thin widget.
 
-A `Board` shows one or more tracks (a track is one run on the axes: a learner, a fork, a baseline, an earlier run). It
-knows no learner. Whoever trains hands it a frame per redraw and it sends one small message: the new points as
-bytes, the words that changed, the views that changed. The whole run stays in view with a bounded number of points a
-curve, so that neither memory nor messages grow with the run. The signatures::
+A `Board` shows one or more tracks (a track is one run on the axes: a learner, a fork, a baseline, an earlier
+run). It knows no learner. Whoever trains hands it a frame per redraw and it sends one small message: the new
+points as bytes, the words that changed, the views that changed. The whole run stays in view with a bounded number
+of points a curve, so that neither memory nor messages grow with the run. The signatures::
 
     Track(id, label, color=0, dash="solid", ghost=False)
     Chart(id, title, metrics, y_label="", log=False)
     TrackFrame(step, ups=None, state="", phase="", device="", applied={}, points={}, views={})
 
     board = Board(charts=[Chart, ...], tracks=[Track, ...], max_points=1000)
-    board.frame({track_id: TrackFrame}, message=None, level="info") -> bool    # False: merged into the next one
-    board.ready -> bool                                # would a frame go out now (else spare yourself the views)
+    board.frame({track_id: TrackFrame}, message=None, level="info") -> bool  # False: merged into the next
+    board.ready -> bool                                # would a frame go out now (else spare the views)
     board.mark(track_id, step, text, kind="knob")      # "knob", "phase", "fork", "rewind"
-    board.add_track(Track, parent=None)                # parent: begin with a copy of that track's curves (fork)
-    board.truncate(track_id, step=-1)                  # forget what came after `step` (rewind); -1 clears (reset)
+    board.add_track(Track, parent=None)                # parent: begin with its curves (fork)
+    board.truncate(track_id, step=-1)                  # forget what came later; -1 clears
     board.ghost(track_id); board.remove_track(track_id)
     board.say(message, level="info")                   # "info", "warning", "error"
     board.name_sliders(root, {css_class: words})       # accessible names below the element of class `root`
@@ -200,9 +200,7 @@ def encode_view(view: View) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
     for name in ("x_label", "y_label", "x_range", "y_range", "low", "high", "diverging"):
         if hasattr(view, name):
             words[name] = getattr(view, name)
-    packed = [
-        np.ascontiguousarray(a, a.dtype if a.dtype == np.uint8 else np.float32) for a in arrays.values()
-    ]
+    packed = [np.ascontiguousarray(a, a.dtype if a.dtype == np.uint8 else np.float32) for a in arrays.values()]
     words["arrays"] = [[name, list(a.shape)] for name, a in zip(arrays, packed, strict=True)]
     return words, packed
 
@@ -243,9 +241,7 @@ class Board(anywidget.AnyWidget):
     _esm = STATIC / "board.js"
     _css = STATIC / "board.css"
 
-    def __init__(
-        self, charts: Sequence[Chart], tracks: Sequence[Track] = (), *, max_points: int = 1000
-    ) -> None:
+    def __init__(self, charts: Sequence[Chart], tracks: Sequence[Track] = (), *, max_points: int = 1000) -> None:
         super().__init__()
         PlotlyLibrary.ensure()
         self.bytes_sent = 0
@@ -265,7 +261,8 @@ class Board(anywidget.AnyWidget):
         self._lock = threading.RLock()
         self._clock = time.monotonic
         self._painted = 0
-        self._sent_at = self._not_before = -np.inf
+        self._sent_at = self._credit_at = -np.inf
+        self._credit = 0.0
         self._patience = PATIENCE[0]
         self._timer: threading.Timer | None = None
         self._changed = {"setup"}
@@ -276,15 +273,13 @@ class Board(anywidget.AnyWidget):
 
     # -- what the owner calls ------------------------------------------------------------------------------
 
-    def frame(
-        self, tracks: Mapping[str, TrackFrame], *, message: str | None = None, level: str = "info"
-    ) -> bool:
+    def frame(self, tracks: Mapping[str, TrackFrame], *, message: str | None = None, level: str = "info") -> bool:
         """Show what is new; one message, or none where the page has not painted the last ones yet.
 
         Parameters
         ----------
         tracks : mapping of str to TrackFrame
-            By track id. A track that was removed meanwhile is passed over.
+            By track id. A track that was removed or became a ghost meanwhile is passed over.
         message : str, optional
             Replaces the message line; "" empties it.
         level : {"info", "warning", "error"}
@@ -296,7 +291,7 @@ class Board(anywidget.AnyWidget):
         """
         with self._lock:
             for track_id, frame in tracks.items():
-                if track_id not in self._tracks:
+                if track_id not in self._tracks or self._tracks[track_id].ghost:
                     continue
                 self._new_words[track_id] = self._words[track_id] = frame.words()
                 for metric in self._metrics & frame.points.keys():
@@ -325,7 +320,7 @@ class Board(anywidget.AnyWidget):
             self._pump()
 
     def add_track(self, track: Track, parent: str | None = None) -> None:
-        """Show one more run, with a copy of the curves, marks and words of `parent` where one is named (fork)."""
+        """Show one more run; a fork begins with the curves, marks and words of its `parent`."""
         with self._lock:
             self._tracks[track.id] = track
             if parent is not None:
@@ -416,7 +411,13 @@ class Board(anywidget.AnyWidget):
         """Seconds until the next message may go: at once, unless the page is behind or the line is full."""
         now = self._clock()
         behind = self.messages_sent - self._painted >= MAX_IN_FLIGHT
-        return max(self._not_before - now, self._sent_at + self._patience - now if behind else 0.0)
+        return max(-self._refill(now) / BYTES_PER_SECOND, self._sent_at + self._patience - now if behind else 0.0)
+
+    def _refill(self, now: float) -> float:
+        """Return how many bytes may go out at once; below zero the line has to rest."""
+        self._credit = min(BYTES_PER_SECOND / 2, self._credit + (now - self._credit_at) * BYTES_PER_SECOND)
+        self._credit_at = now
+        return self._credit
 
     def _pump(self) -> bool:
         """Send what waits if the page keeps up; else try again a little later."""
@@ -448,7 +449,7 @@ class Board(anywidget.AnyWidget):
         size = len(json.dumps(content)) + sum(map(len, buffers))
         self.bytes_sent += size
         self._sent_at = self._clock()
-        self._not_before = self._sent_at + size / BYTES_PER_SECOND
+        self._credit = self._refill(self._sent_at) - size
 
     def _compose(self, whole: bool) -> tuple[dict[str, Any], list[bytes]]:
         """Return one message: everything (`whole`) or what changed since the last one."""

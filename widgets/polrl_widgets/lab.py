@@ -28,7 +28,7 @@ VIEW_SHARE = 1 / 40  # of the training thread's time, for drawing views
 VIEW_SECONDS = 0.25  # between two redraws of the views at the least
 UNSEEN_SECONDS = 30.0  # training pauses when no page has painted for so long
 SETTLED_SECONDS = 0.4  # a knob that has not moved for so long gets its mark
-SPEEDS = {"full speed": None, "30 a second": 30.0, "10 a second": 10.0, "2 a second": 2.0}
+SPEEDS = {"full speed": 0.0, "30 a second": 30.0, "10 a second": 10.0, "2 a second": 2.0}
 
 _OPEN: dict[str, weakref.ref[Lab]] = {}
 
@@ -147,7 +147,9 @@ class Lab:
         self._seats = widgets.VBox([bench.panel for bench in self._benches])
         beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
         left = widgets.VBox([self._transport(), self._seats], layout=beside).add_class("polrl-controls")
-        self.widget = widgets.HBox([left, self.board]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
+        self.widget = (
+            widgets.HBox([left, self.board]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
+        )
         self.board.name_sliders(f"polrl-lab-{self.id}", self._accessible_names())
         if play:
             self.driver.play()
@@ -209,7 +211,7 @@ class Lab:
         second = [
             button("reset", "reset", "fast-backward", "begin anew with the present knobs", self.reset),
             button("fork", "fork", "code-branch", "split the first run in two", self.fork),
-            button("rewind", "rewind to", "history", "go back to an earlier step", lambda: self.rewind()),
+            button("rewind", "rewind", "history", "go back to an earlier step", lambda: self.rewind()),
             self._rewind_to,
         ]
         speed = widgets.Dropdown(
@@ -263,7 +265,9 @@ class Lab:
         """Split the first run in two, which go on side by side."""
         parent = self._benches[0]
         twin = parent.run.fork(new_run_folder(parent.run.tape.method))
-        track = Track(self._new_track_id(), f"{parent.track.label} (fork at {twin.step})", color=len(self._benches))
+        track = Track(
+            self._new_track_id(), f"{parent.track.label} (fork at {twin.step})", color=len(self._benches)
+        )
         bench = self._bench(twin, track)
         bench.rows, bench.marks, bench.changes = list(parent.rows), parent.marks, len(twin._tape.changes)
         bench.applied_step = twin.step
@@ -327,7 +331,11 @@ class Lab:
             self.driver.pause()
             self._notice = f"paused: no page has shown this lab for {UNSEEN_SECONDS:.0f} s"
         message = self.driver.error or self._notice or next((r.message for r in self.runs if r.message), "")
-        shown = (training, message, *((b.run.step, b.run._tape.changes, len(b.run.ghosts)) for b in self._benches))
+        shown = (
+            training,
+            message,
+            *((b.run.step, b.run._tape.changes, len(b.run.ghosts)) for b in self._benches),
+        )
         with_views = now >= self._views_due and self.board.ready
         if shown == self._shown and not (with_views and self._views_due == 0.0):
             return
@@ -402,7 +410,7 @@ class _Rate:
     def add(self, now: float, step: int) -> None:
         if self._seen and step < self._seen[-1][1]:
             self._seen = []
-        self._seen = [(t, s) for t, s in self._seen if now - t < 1.0][-40:] + [(now, step)]
+        self._seen = [*((t, s) for t, s in self._seen[-40:] if now - t < 1.0), (now, step)]
 
     def per_second(self) -> float | None:
         (first, start), (last, end) = self._seen[0], self._seen[-1]
@@ -428,4 +436,3 @@ def _charts(runs: list[Run]) -> list[Chart]:
             metrics = tuple(dict.fromkeys((*(known.metrics if known else ()), *curve.metrics)))
             charts[curve.title] = Chart(f"c{len(charts)}", curve.title, metrics, curve.y_label, curve.log)
     return [Chart(f"c{i}", c.title, c.metrics, c.y_label, c.log) for i, c in enumerate(charts.values())]
-

@@ -140,9 +140,7 @@ def _draw_run(axes: Axes, curve: Curve, history: pd.DataFrame, name: str, ink: s
             continue
         values = history[metric].to_numpy(dtype=float)
         known = np.isfinite(values)
-        look: dict[str, Any] = (
-            {"color": GHOST, "lw": 0.8, "alpha": 0.7} if ghost else {"color": ink, "lw": 1.5}
-        )
+        look: dict[str, Any] = {"color": GHOST, "lw": 0.8, "alpha": 0.7} if ghost else {"color": ink, "lw": 1.5}
         if known.sum() < 25:
             look |= {"marker": "o", "ms": 3}
         label = name if place == 0 else "_" + metric
@@ -160,7 +158,6 @@ def _draw_marks(axes: Axes, marks: Sequence[tuple[int, str, str]]) -> None:
 def _finish_chart(axes: Axes, curve: Curve) -> None:
     from matplotlib.lines import Line2D
 
-    axes.set_title(curve.title)
     axes.set_xlabel("step")
     axes.set_ylabel(curve.y_label)
     if curve.log:
@@ -197,13 +194,9 @@ def _draw_images(view: ImageGrid, figure: Figure) -> None:
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         if view.column_labels and row == 0:
-            axes.set_title(
-                view.column_labels[column], fontsize=8, fontweight="normal", loc="center", color=MUTED
-            )
+            axes.set_title(view.column_labels[column], fontsize=8, fontweight="normal", loc="center", color=MUTED)
         if view.row_labels and column == 0:
-            axes.set_ylabel(
-                view.row_labels[row], fontsize=8, rotation=0, ha="right", va="center", color=MUTED
-            )
+            axes.set_ylabel(view.row_labels[row], fontsize=8, rotation=0, ha="right", va="center", color=MUTED)
 
 
 def _label(axes: Axes, view: Any) -> None:
@@ -224,9 +217,7 @@ def _draw_bars(view: Bars, axes: Axes) -> None:
     width = 0.8 / max(len(view.values), 1)
     places = np.arange(len(view.labels))
     for i, (name, values) in enumerate(view.values.items()):
-        axes.bar(
-            places + (i + 0.5) * width - 0.4, np.asarray(values), width * 0.94, color=color(i), label=name
-        )
+        axes.bar(places + (i + 0.5) * width - 0.4, np.asarray(values), width * 0.94, color=color(i), label=name)
     axes.set_xticks(places, view.labels)
     axes.grid(visible=False, axis="x")
     _label(axes, view)
@@ -257,14 +248,16 @@ def _ramp(diverging: bool) -> Any:
 
 
 def _draw_heatmap(view: Heatmap, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     values = np.asarray(view.values)
     reach = float(np.nanmax(np.abs(values))) if values.size else 1.0
     low = view.low if view.low is not None else (-reach if view.diverging else None)
     high = view.high if view.high is not None else (reach if view.diverging else None)
-    image = axes.imshow(
-        values, cmap=_ramp(view.diverging), vmin=low, vmax=high, aspect="auto", interpolation="nearest"
-    )
+    image = axes.imshow(values, cmap=_ramp(view.diverging), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(visible=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if view.row_labels:
         axes.set_yticks(range(len(view.row_labels)), view.row_labels)
     if view.column_labels:

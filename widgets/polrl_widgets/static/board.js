@@ -29,6 +29,13 @@ function put(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// "test_accuracy", "train_accuracy" share their last word, which the title says already: a legend does without.
+function shortNames(names) {
+  const tails = new Set(names.map((name) => name.split("_").slice(1).pop()));
+  const drop = names.length > 1 && tails.size === 1 && !tails.has(undefined);
+  return names.map((name) => (drop ? name.split("_").slice(0, -1) : name.split("_")).join(" "));
+}
+
 // A legend of the page's own, in the heading: plotly's takes room from the picture and moves it.
 function makeLegend(caption, items) {
   const legend = make("span", "polrl-legend", caption);
@@ -306,6 +313,7 @@ function viewFigure(view, theme, colors) {
       const ticks = (axis, words) => words.length && Object.assign(axis, { tickvals: words.map((_, i) => i), ticktext: words });
       ticks(layout.xaxis, view.column_labels);
       ticks(layout.yaxis, view.row_labels);
+      layout.margin.l = Math.max(layout.margin.l, 10 + 6 * Math.max(0, ...view.row_labels.map((word) => word.length)));
       return [{
         type: "heatmap", z, colorscale: ramp(theme, view.diverging), xgap: rows * columns < 900 ? 1 : 0,
         ygap: rows * columns < 900 ? 1 : 0, zmin: view.low ?? (view.diverging ? -reach : ends[0]),
@@ -515,7 +523,9 @@ class Panel {
       const caption = make("figcaption", "", figure);
       make("span", "polrl-title", caption, spec.title);
       make("span", "polrl-unit", caption, [spec.y_label, spec.log && "log", "by step"].filter(Boolean).join(", "));
-      if (spec.metrics.length > 1) makeLegend(caption, spec.metrics.map((name, i) => ({ name, dash: DASHES[i % DASHES.length] })));
+      if (spec.metrics.length > 1) {
+        makeLegend(caption, shortNames(spec.metrics).map((name, i) => ({ name, dash: DASHES[i % DASHES.length] })));
+      }
       const plot = make("div", "polrl-plot", figure);
       plot.setAttribute("role", "img");
       plot.setAttribute("aria-label", `${spec.title}: ${spec.metrics.join(", ")} by training step`);
