@@ -1,8 +1,8 @@
 """Executes the course's notebooks in fast mode and writes them as they are committed; or checks that they are fresh.
 
-    python course/build.py                 all notebooks
-    python course/build.py noise_mask      those whose name contains a word
-    python course/build.py --check         say which committed notebooks are older than the code they show
+python course/build.py                 all notebooks
+python course/build.py noise_mask      those whose name contains a word
+python course/build.py --check         say which committed notebooks are older than the code they show
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ USAGE = """usage: polrl COMMAND [...]
   info SLUG                what a method is: idea, knobs, equations, study, verdict
   train SLUG [--knob V]    train from the terminal, saved as it goes; --resume goes on
   study SLUG [--full]      put the paper's claim to the test
-  sweep SLUG --grid K=A,B  train at many strengths in parallel; a killed sweep resumes
+  sweep SLUG --over K=A,B  train at many strengths in parallel; a killed sweep resumes
   runs                     saved runs: list, clean
   check SLUG               the contract, test by test, on one method
   lab                      JupyterLab on the course
@@ -231,11 +231,15 @@ def _options_and_config(learner: Any, words: list[str], options: type[Any], prog
     """Parse a command's own options and the method's settings from one command line."""
     import tyro
 
+    config = learner.Config
+    # A method may have a setting of the same name as an option: its settings then begin with --config.
+    taken = {field.name for field in dataclasses.fields(options)} & set(config.model_fields)
+    prefix = "config" if taken else ""
     combined = dataclasses.make_dataclass(
         "Options",
         [
             ("options", Annotated[options, tyro.conf.arg(name="")], dataclasses.field(default_factory=options)),
-            ("config", Annotated[learner.Config, tyro.conf.arg(name="")], dataclasses.field(default_factory=learner.Config)),
+            ("config", Annotated[config, tyro.conf.arg(name=prefix)], dataclasses.field(default_factory=config)),
         ],
     )  # fmt: skip
     parsed = _parse(combined, words, prog, (learner.__doc__ or "").split("\n")[0])
@@ -280,7 +284,7 @@ def study(words: list[str]) -> int:
 class SweepOptions:
     """What `polrl sweep` takes besides the method's own settings."""
 
-    grid: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
     """The settings to vary, each with its values: mask_strength=0,0.5,1"""
     seeds: int = 1
     """Seeds 0, 1, ... at every point."""
@@ -302,12 +306,12 @@ def sweep_command(words: list[str]) -> int:
 
     learner = load_method(slug)
     options, config = _options_and_config(learner, words, SweepOptions, f"polrl sweep {slug}")
-    if not options.grid:
-        raise PolrlError(f"--grid must name what to vary, such as --grid {next(iter(learner.Config.knobs))}=0,0.5,1")
+    if not options.over:
+        raise PolrlError(f"--over must name what to vary, such as --over {next(iter(learner.Config.knobs))}=0,0.5,1")
     folder = options.folder or Path(platformdirs.user_cache_dir("polrl", appauthor=False)) / "sweeps" / slug
     table = sweep(
         learner,
-        dict(_grid_line(learner, line) for line in options.grid),
+        dict(_grid_line(learner, line) for line in options.over),
         seeds=range(options.seeds),
         steps=options.steps,
         settings={name: getattr(config, name) for name in config.model_fields_set if name != "seed"},
@@ -326,12 +330,12 @@ def _grid_line(learner: Any, line: str) -> tuple[str, list[Any]]:
     if name not in fields:
         raise unknown_name("knob or setting", name, fields)
     if not equals or not values:
-        raise PolrlError(f"--grid {line!r} must have the form NAME=VALUE,VALUE")
+        raise PolrlError(f"--over {line!r} must have the form NAME=VALUE,VALUE")
     if fields[name].annotation in (float, int, bool):
         try:
             return name, [ast.literal_eval(value) for value in values.split(",")]
         except (ValueError, SyntaxError):
-            raise PolrlError(f"--grid {line!r}: the values of {name} must be numbers or True and False") from None
+            raise PolrlError(f"--over {line!r}: the values of {name} must be numbers or True and False") from None
     return name, values.split(",")
 
 
@@ -396,27 +400,30 @@ class LabOptions:
 def lab(words: list[str]) -> int:
     """Start JupyterLab on the course's first page, for this machine only, with a token."""
     import importlib.util
-    import subprocess
+    import os
 
     from polrl.core.files import find_asset
 
     options = _parse(LabOptions, words, "polrl lab", "JupyterLab on the course.")
     if importlib.util.find_spec("jupyterlab") is None:
         raise ImportError("JupyterLab is not installed; install polrl with its extra: pip install 'polrl[course]'")
-    course = find_asset("course/index.ipynb").parent
-    command = [sys.executable, "-m", "jupyterlab", "course/index.ipynb", *lab_arguments(course.parent, options.port)]
+    root = find_asset("course/index.ipynb").parents[1]
+    command = [sys.executable, "-m", "jupyterlab", *lab_arguments(root, options.port)]
     if not options.browser:
         command.append("--no-browser")
-    return subprocess.call(command, cwd=course.parent)
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container
+    os.execv(sys.executable, command)  # JupyterLab itself then answers Ctrl-C
 
 
 def lab_arguments(root: Path, port: int) -> list[str]:
     """Return the server's arguments: this machine only, a token, and other ports where the first is taken."""
     return [
+        f"--ServerApp.root_dir={root}",
         "--ServerApp.ip=localhost",
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=50",
-        f"--ServerApp.root_dir={root}",
+        "--LabApp.default_url=/lab/tree/course/index.ipynb",
     ]
 
 

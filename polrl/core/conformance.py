@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import hashlib
 import inspect
 import json
 import math
@@ -92,13 +93,15 @@ def check_builds_alike(case: Case) -> None:
     first, second = case.make(), case.make()
     assert _global_randomness() == before, "setup() moved a global random generator"
     assert first.state().digest() == second.state().digest(), "two learners of the same seed begin differently"
+    shared = _tensor_storages(first) & _tensor_storages(second)
+    assert not shared, f"two learners share {len(shared)} tensors (name data sets in `constants`)"
     assert first.step == 0 and first.phase == (first.phases[0] if first.phases else ""), "a learner begins at step 0"
 
 
 def check_update(case: Case) -> None:
     """Updates count, return finite scalar metrics without a graph, and leave global randomness alone."""
     learner = case.make()
-    before = _global_randomness()
+    before, constants = _global_randomness(), _constant_contents(learner)
     seen: set[str] = set()
     phases = {learner.phase}
     for step in range(1, 2 * case.steps + 1):
@@ -114,10 +117,14 @@ def check_update(case: Case) -> None:
     assert phases == set(learner.phases or ("",)), f"of the phases {learner.phases} only {sorted(phases)} were entered"
     seen.update(learner.evaluate())
     assert _global_randomness() == before, "update() or evaluate() moved a global random generator"
+    changed = [name for name, content in _constant_contents(learner).items() if content != constants.get(name)]
+    assert not changed, f"update() or evaluate() changed what `constants` names: {', '.join(changed)}"
     assert learner.curves, "a learner declares at least one curve"
     for curve in learner.curves:
         for metric in curve.metrics:
-            assert metric in seen, f"curve {curve.title!r} shows {metric}, which neither update() nor evaluate() returns"
+            assert metric in seen, (
+                f"curve {curve.title!r} shows {metric}, which neither update() nor evaluate() returns"
+            )
 
 
 def check_observation_is_pure(case: Case) -> None:
@@ -311,14 +318,14 @@ def _refused(expected: type[Exception], attempt: Callable[[], Any]) -> str:
 
 def check_knobs_act(case: Case) -> None:
     """Every knob is read anew at every update of some phase, one value an update, and both its ends can be trained."""
-    run = case.run()
+    learner = case.make()
     phases: dict[str, list[set[str]]] = {}
     for _ in range(2 * case.steps):
-        phase = run.learner.phase
-        with _recorded_reads(run.learner.config) as names:
-            run.advance(1)
+        phase = learner.phase
+        with _recorded_reads(learner.config) as names:
+            learner.update()
         phases.setdefault(phase, []).append(names)
-    for knob in run.learner.config.knobs:
+    for knob in learner.config.knobs:
         always = [phase for phase, updates in phases.items() if all(knob in names for names in updates)]
         assert always, f"{knob} is not read at every update of any phase: a change would not act"
     for position in (0.0, 1.0):
@@ -398,25 +405,46 @@ def case_of(learner: type[Learner[Any]]) -> Case:
 
 def _global_randomness() -> tuple[Any, ...]:
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
-    words = str(numpy_state["state"]["key"].tolist()) + str(numpy_state["state"]["pos"])  # type: ignore[call-overload,index]
+    words = str(numpy_state["state"]["key"].tolist()) + str(numpy_state["state"]["pos"])
     return random.getstate(), words, torch.get_rng_state().numpy().tobytes()
 
 
 def _tensor_storages(learner: Learner[Any]) -> set[int]:
-    """Return the addresses of all tensor memory that a learner reaches, also through closures."""
-    found: set[int] = set()
+    """Return the addresses of all tensor memory that a learner reaches, except through its constants."""
+    own = [value for name, value in vars(learner).items() if name not in learner.constants]
+    return {_address(value) for value in _reached(own)}
+
+
+def _address(value: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().data_ptr()
+    return int(value.__array_interface__["data"][0])
+
+
+def _constant_contents(learner: Learner[Any]) -> dict[str, str]:
+    """Return a digest of the tensors and arrays under each of a learner's constants."""
+    contents = {}
+    for name in learner.constants:
+        digest = hashlib.sha256()
+        for value in _reached([getattr(learner, name, None)]):
+            if isinstance(value, torch.Tensor):
+                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(np.ascontiguousarray(value).tobytes())
+        contents[name] = digest.hexdigest()
+    return contents
+
+
+def _reached(waiting: list[Any]) -> Iterator[torch.Tensor | np.ndarray[Any, Any]]:
+    """Yield the tensors and arrays that are not empty under some objects, also through closures."""
     seen: set[int] = set()
-    waiting: list[Any] = [value for name, value in vars(learner).items() if name not in learner.constants]
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            if value.numel():
-                found.add(value.untyped_storage().data_ptr())
-        elif isinstance(value, np.ndarray):
-            found.add(value.__array_interface__["data"][0])
+        if isinstance(value, torch.Tensor | np.ndarray):
+            if math.prod(value.shape):
+                yield value
         elif isinstance(value, dict):
             waiting.extend(value.values())
         elif isinstance(value, list | tuple | set):
@@ -425,7 +453,6 @@ def _tensor_storages(learner: Learner[Any]) -> set[int]:
             waiting.extend(cell.cell_contents for cell in value.__closure__ or ())
         elif isinstance(value, torch.nn.Module | torch.optim.Optimizer) or _is_plain_object(value):
             waiting.extend(vars(value).values())
-    return found
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -42,6 +42,7 @@ class Driver:
         self.speed_limit: float | None = None
         self.error = ""
         self._rounds_left: float = 0
+        self._cpu_seconds = 0.0
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="polrl-training", daemon=True)
@@ -62,6 +63,10 @@ class Driver:
     def alive(self) -> bool:
         """True until `close`."""
         return self._thread.is_alive()
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the training thread has taken so far, in seconds."""
+        return self._cpu_seconds
 
     def play(self, rounds: float = float("inf")) -> None:
         """Train for a number of rounds, or until `pause`."""
@@ -127,6 +132,7 @@ class Driver:
                 now = time.monotonic()
                 if served or now - last_tick >= self.tick_seconds or self._rounds_left <= 0:
                     last_tick = now
+                    self._cpu_seconds = time.thread_time()
                     self._tick()
                     self._heed()
                 if self._rounds_left <= 0:

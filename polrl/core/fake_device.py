@@ -57,8 +57,13 @@ class _Functions(TorchFunctionMode):
         if name == "cuda":
             raise DeviceMixError("`.cuda()` names a device; use `.to(self.device)`")
         target, args, kwargs = self._target(name, args, kwargs)
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        self.inherited.append(any(x in self.tags for x in tensors))
+        flat = tree_flatten((args, kwargs))[0]
+        here = any(x in self.tags for x in flat)
+        for generator in (x for x in flat if isinstance(x, torch.Generator)):
+            meant = here if target is None else target.type == "cuda"
+            if (generator in self.tags.generators) != meant:
+                raise DeviceMixError(f"{name} got a generator of another device than its tensors")
+        self.inherited.append(here)
         try:
             result = func(*args, **kwargs)
         finally:
@@ -117,10 +122,6 @@ class _Dispatch(TorchDispatchMode):
         if here and not free and any(x not in self.tags and x.dim() > 0 for x in tensors):
             shapes = [f"{tuple(x.shape)} on {'cuda' if x in self.tags else 'cpu'}" for x in tensors]
             raise DeviceMixError(f"{func} got tensors of two devices: {', '.join(shapes)}")
-        for generator in (x for x in flat if isinstance(x, torch.Generator)):
-            expected = here or (not tensors and self.functions.inherited and self.functions.inherited[-1])
-            if tensors and (generator in self.tags.generators) != expected:
-                raise DeviceMixError(f"{func} got a generator of another device than its tensors")
         result = func(*args, **kwargs)
         # A factory called inside a composite operation takes the device of that operation's tensors.
         inherited = not tensors and bool(self.functions.inherited) and self.functions.inherited[-1]
@@ -164,6 +165,10 @@ def pretended_cuda() -> Iterator[_Tags]:
         def __init__(self, device: Any = "cpu") -> None:
             pass
 
+        @property
+        def device(self) -> torch.device:
+            return _CUDA if self in tags.generators else torch.device("cpu")
+
     functions = _Functions(tags)
     with (
         mock.patch.object(torch, "Generator", Generator),
@@ -172,4 +177,3 @@ def pretended_cuda() -> Iterator[_Tags]:
         _Dispatch(tags, functions),
     ):
         yield tags
-

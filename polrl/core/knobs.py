@@ -1,10 +1,10 @@
-"""Knobs: the numbers a learner may turn while a method trains, and the config that holds them.
+r"""Knobs: the numbers a learner may turn while a method trains, and the config that holds them.
 
 The same declaration validates values, makes the command line and makes the slider::
 
     class Config(polrl.Config):
         width: int = 16                                              # structure: fixed once a run has begun
-        strength: float = knob(1.0, low=0.0, high=4.0, symbol=r"\\alpha", first=True,
+        strength: float = knob(1.0, low=0.0, high=4.0, symbol=r"\alpha", first=True,
                                at_low="plain training", at_high="copies the teacher")
 """
 
@@ -214,9 +214,7 @@ def knob(
     """
     if smallest is None:
         smallest = float(high) / 1000 if isinstance(high, int | float) and high else 1e-3
-    declared = Knob(
-        default, low, high, scale, smallest, step, odd, symbol, help, at_low, at_high, first, paper, unit
-    )
+    declared = Knob(default, low, high, scale, smallest, step, odd, symbol, help, at_low, at_high, first, paper, unit)
     words = [help, f"low: {at_low}" if at_low else "", f"high: {at_high}" if at_high else ""]
     return Field(default, description="; ".join(filter(None, words)), json_schema_extra={"knob": declared})  # type: ignore[dict-item]
 

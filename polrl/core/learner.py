@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import typing
@@ -137,6 +138,8 @@ class Learner(Generic[C]):
         """Multiply a knob by a schedule; in a method with phases, in the one that is named. Called in `setup`."""
         if knob not in self.config.knobs:
             raise unknown_name("knob", knob, self.config.knobs)
+        if phase not in (self.phases or ("",)):
+            raise unknown_name("phase", phase, self.phases)
         self._schedules[knob, phase] = factor
 
     def effective(self, knob: str) -> Any:
@@ -169,7 +172,7 @@ class Learner(Generic[C]):
         return twin
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """Yield every network that the learner holds, also inside lists, tuples and dicts."""
+        """Yield every network that the learner holds, also inside lists, tuples, dicts and dataclasses."""
         waiting: list[Any] = [value for name, value in vars(self).items() if name not in self.constants]
         while waiting:
             value = waiting.pop()
@@ -179,6 +182,8 @@ class Learner(Generic[C]):
                 waiting.extend(value)
             elif isinstance(value, dict):
                 waiting.extend(value.values())
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                waiting.extend(vars(value).values())
 
     def parameters_finite(self) -> bool:
         """Return whether every parameter of every network is finite."""
@@ -194,12 +199,12 @@ class Learner(Generic[C]):
 
 def _declared_config(cls: type[Learner[Any]]) -> type[Config]:
     """Find the config class: `Learner[Config]`, or a class `Config` in the learner's own module."""
-    for base in getattr(cls, "__orig_bases__", ()):
+    for base in vars(cls).get("__orig_bases__", ()):
         for argument in typing.get_args(base):
             if isinstance(argument, type) and issubclass(argument, Config):
                 return argument
     own = getattr(sys.modules.get(cls.__module__), "Config", None)
-    if cls.Config is Config and isinstance(own, type) and issubclass(own, Config):
+    if isinstance(own, type) and issubclass(own, cls.Config):
         return own
     return cls.Config
 
@@ -250,11 +255,10 @@ def _untouched(learner: Learner[Any]) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    finally:
+        with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    finally:
         learner.rng = rng
         for part, was in zip(parts, training, strict=True):
             part.training = was
-
-

@@ -222,6 +222,7 @@ class Run:
             self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
+        if self._folder is not None:
             self._autosave_if_due()
 
     def _undo_half_step(self, before: int) -> None:

@@ -178,13 +178,14 @@ class _Encoder:
         names = {list: "list", tuple: "tuple", collections.deque: "deque", set: "set", frozenset: "frozenset"}
         if isinstance(value, tuple(names)):
             kind = next(names[k] for k in names if isinstance(value, k))
-            ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+            items_of: Any = value
+            ordered = sorted(items_of, key=repr) if isinstance(value, set | frozenset) else items_of
             items = [self.encode(v, f"{path}[{i}]") for i, v in enumerate(ordered)]
             named = list(getattr(value, "_fields", ()))
             return {"$": kind, "items": items, "maxlen": getattr(value, "maxlen", None), "named": named}
         raise StateError(
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which can't be saved; give its class "
-            f"state_dict() and load_state_dict(), or name the attribute in the learner's `constants` if it never changes"
+            "state_dict() and load_state_dict(), or name the attribute in `constants` if it never changes"
         )
 
     def _tensor(self, value: torch.Tensor, path: str) -> dict[str, Any]:
@@ -332,9 +333,7 @@ class _Decoder:
 
     def _items(self, tree: Any, target: Any, path: str) -> list[Any]:
         old = list(target) if isinstance(target, list | tuple) and len(target) == len(tree["items"]) else None
-        return [
-            self.decode(item, old[i] if old else None, f"{path}[{i}]") for i, item in enumerate(tree["items"])
-        ]
+        return [self.decode(item, old[i] if old else None, f"{path}[{i}]") for i, item in enumerate(tree["items"])]
 
     def _list(self, tree: Any, target: Any, path: str) -> list[Any]:
         return self._items(tree, target, path)

@@ -20,7 +20,7 @@ from polrl.core.catalog import fingerprint, stored_result
 from polrl.core.errors import PolrlError, unknown_name
 from polrl.core.files import write_atomic
 from polrl.core.learner import Learner
-from polrl.core.sweep import Job, run_jobs
+from polrl.core.sweep import Job, plain_settings, run_jobs
 from polrl.core.tape import present_versions
 
 Mode = Literal["smoke", "fast", "full"]
@@ -218,8 +218,7 @@ class Study:
             settings = dict(self.arms[arm])
             learner = settings.pop("learner", self.learner)
             for seed in range(budget.seeds):
-                every = {**budget.settings, **settings, "seed": seed}
-                learner.Config(**every)
+                every = plain_settings(learner, {**budget.settings, **settings, "seed": seed})
                 jobs.append(Job(learner, every, budget.steps, {"arm": arm, "seed": seed}, budget.probe))
         return jobs
 
@@ -233,9 +232,7 @@ class Study:
         """Return a digest of the method's file, in which the study stands."""
         return fingerprint(Path(inspect.getfile(self.learner)))
 
-    def run(
-        self, mode: Mode = "fast", *, n_jobs: int | None = None, folder: str | Path | None = None
-    ) -> StudyResult:
+    def run(self, mode: Mode = "fast", *, n_jobs: int | None = None, folder: str | Path | None = None) -> StudyResult:
         """Train all arms and judge the criteria.
 
         Parameters

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from polrl.core.catalog import fingerprint
+from polrl.core.device import torch_threads
 from polrl.core.errors import KnobError, unknown_name
 from polrl.core.files import write_atomic
 from polrl.core.learner import Learner
@@ -52,16 +53,24 @@ class Job:
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
+def plain_settings(learner: type[Learner[Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check settings and return them as a config holds them: numpy's numbers, say, as Python's."""
+    config = learner.Config(**settings)
+    return {name: getattr(config, name) for name in settings}
+
+
 def train(job: Job) -> dict[str, Any]:
     """Do one job.
 
     Returns
     -------
     dict
-        "measures": the last evaluation by metric, and the one at the end of each phase by "metric@phase";
+        "measures": the last evaluation by metric (the last update's metrics where there is no evaluation), and
+        the one at the end of each phase by "metric@phase";
         "evaluations": all of them, as columns.
     """
-    learner = job.learner(**job.settings)
+    with torch_threads(1):
+        learner = job.learner(**job.settings)
     steps = job.steps or learner.budget
     if steps < 1:
         raise KnobError(f"steps must be given: {job.learner.__name__} has no budget of its own")
@@ -70,7 +79,7 @@ def train(job: Job) -> dict[str, Any]:
     while run.step < steps:
         phase = learner.phase
         _advance_in_phase(run, steps)
-        figures = run.evaluate()
+        figures = run.evaluate() or _last_update(run)
         if job.probe:
             figures |= {name: float(value) for name, value in getattr(learner, job.probe)().items()}
         ended = "" if run.step == steps else f"@{phase}"
@@ -78,6 +87,10 @@ def train(job: Job) -> dict[str, Any]:
     table = run.evaluations
     columns = {name: table[name].tolist() for name in table.columns}
     return {"measures": measures, "evaluations": {"step": table.index.tolist(), **columns}}
+
+
+def _last_update(run: Run) -> dict[str, float]:
+    return {name: float(value) for name, value in run.history.iloc[-1].drop("phase").items()}
 
 
 def _advance_in_phase(run: Run, steps: int) -> None:
@@ -178,13 +191,10 @@ def sweep(
         if name not in learner.Config.model_fields:
             raise unknown_name("knob or setting", name, learner.Config.model_fields)
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    jobs = [
-        Job(learner, {**(settings or {}), **point, "seed": seed}, steps, {**point, "seed": seed})
-        for point in points
-        for seed in seeds
-    ]
-    for job in jobs:
-        learner.Config(**job.settings)
+    jobs = []
+    for point, seed in itertools.product(points, seeds):
+        every = plain_settings(learner, {**(settings or {}), **point, "seed": seed})
+        jobs.append(Job(learner, every, steps, {name: every[name] for name in (*grid, "seed")}))
     cores = n_jobs or os.cpu_count() or 1
     kept = Path(folder) if folder is not None else None
     results = run_jobs(jobs, n_jobs=cores, folder=kept, label=f"sweep {learner.slug()}")

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float64]
 
 
 def _array(name: str, values: npt.ArrayLike, ndim: Sequence[int]) -> npt.NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
+    array = np.asarray(values, dtype=np.float64).copy()  # the learner goes on while the picture is drawn
     if array.ndim not in ndim:
         raise ValueError(f"{name} must have {' or '.join(map(str, ndim))} dimensions, got shape {array.shape}")
     return array
@@ -71,7 +71,7 @@ class ImageGrid(View):
     def to_bytes(self) -> npt.NDArray[np.uint8]:
         """Return the images as grey levels or colours from 0 to 255, for the page."""
         scaled = (np.asarray(self.images) - self.low) / (self.high - self.low)
-        return np.asarray(np.clip(np.nan_to_num(scaled) * 255.0, 0, 255), dtype=np.uint8)
+        return np.asarray(np.clip(np.nan_to_num(scaled), 0, 1) * 255, dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

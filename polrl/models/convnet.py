@@ -13,7 +13,7 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-class ConvNet(nn.Sequential):
+class ConvNet(nn.Module):
     """Three convolutions with two max-pools between them, global average pool, linear.
 
     Parameters
@@ -30,7 +30,8 @@ class ConvNet(nn.Sequential):
     """
 
     def __init__(self, width: int, classes: int) -> None:
-        super().__init__(
+        super().__init__()
+        self.features = nn.Sequential(
             convolution(1, width),
             nn.MaxPool2d(2),
             convolution(width, 2 * width),
@@ -38,8 +39,13 @@ class ConvNet(nn.Sequential):
             convolution(2 * width, 4 * width),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(4 * width, classes),
         )
+        self.head = nn.Linear(4 * width, classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on a CPU
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 1, H, W] to logits [B, classes]."""
+        return self.head(self.features(images))
 
 
 class TwoHeadedPolicy(nn.Module):

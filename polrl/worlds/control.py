@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+
 class ControlTask:
     """One environment with its present observation.
 

@@ -493,7 +493,7 @@ def test_e11_fine_tuning_is_plain_training_from_the_mean_of_the_last_three_epoch
         if t in (5, 8, 11):
             kept.append({name: value.clone() for name, value in net.state_dict().items()})
     mean = {name: (kept[0][name] + kept[1][name] + kept[2][name]) / 3 for name in kept[0]}
-    assert not torch.allclose(mean["0.1.running_mean"], kept[2]["0.1.running_mean"])
+    assert not torch.allclose(mean["features.0.1.running_mean"], kept[2]["features.0.1.running_mean"])
     net.load_state_dict({name: mean[name].to(kept[2][name].dtype) for name in mean})
     optimizer = sgd(net)
     advance(learner, 6)

@@ -151,7 +151,7 @@ class NotebookPage:
         self.errors: list[str] = []
         path = server.notebooks / name
         path.write_text(json.dumps(_notebook(cells)))
-        self.count = len(cells)
+        self.count, self.has_scratch = len(cells), False
         self.context = browser.new_context(viewport={"width": 1366, "height": 900}, device_scale_factor=1)
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
@@ -191,21 +191,37 @@ class NotebookPage:
         )
         return self
 
-    def run_code(self, code: str) -> str:
-        """Run code in the notebook's kernel, by a cell of its own at the end; return the text it prints."""
-        cells = self.page.locator(".jp-CodeCell")
-        before = cells.count()
-        self.command("notebook:move-cursor-down")
-        for _ in range(before):
-            self.command("notebook:move-cursor-down")
-        self.command("notebook:insert-cell-below")
-        self.page.wait_for_function("n => document.querySelectorAll('.jp-CodeCell').length > n", arg=before)
-        cell = cells.last
-        cell.locator(".cm-content").fill(code)
-        self.command("notebook:run-cell")
+    def run_cell(self, place: int) -> NotebookPage:
+        """Run one cell, counted from 0, and wait until it is done."""
+        cell = self.page.locator(".jp-CodeCell").nth(place)
         prompt = cell.locator(".jp-InputPrompt")
-        self.page.wait_for_function("e => /\\[\\d+\\]/.test(e.textContent)", arg=prompt.element_handle())
-        output = cell.locator(".jp-OutputArea-output")
+        before = prompt.inner_text()
+        cell.locator(".cm-content").click()
+        self.command("notebook:run-cell")
+        self.page.wait_for_function(
+            "([e, before]) => /\\[\\d+\\]/.test(e.textContent) && e.textContent !== before",
+            arg=[prompt.element_handle(), before],
+        )
+        return self
+
+    def read(self, expression: str) -> str:
+        """Return what the kernel says an expression is."""
+        return self.run_code(f"print({expression})")
+
+    def run_code(self, code: str) -> str:
+        """Run code in the notebook's kernel, in a cell after all others; return the text it prints."""
+        cells = self.page.locator(".jp-CodeCell")
+        if not self.has_scratch:
+            self.has_scratch = True
+            for _ in range(self.count):
+                self.command("notebook:move-cursor-down")
+            self.command("notebook:insert-cell-below")
+            self.page.wait_for_function(
+                "n => document.querySelectorAll('.jp-CodeCell').length > n", arg=self.count
+            )
+        cells.nth(self.count).locator(".cm-content").fill(code)
+        self.run_cell(self.count)
+        output = cells.nth(self.count).locator(".jp-OutputArea-output")
         return "\n".join(output.all_inner_texts()).strip()
 
     def text(self, selector: str) -> str:

@@ -98,7 +98,7 @@ def test_study_smoke_prints_verdicts(capsys):
 
 
 def test_sweep_prints_a_row_a_point_and_resumes(capsys):
-    words = ["sweep", "noise_mask", "--grid", "mask_strength=0,1", "--steps", "2", "--jobs", "1", *SMALL]
+    words = ["sweep", "noise_mask", "--over", "mask_strength=0,1", "--steps", "2", "--jobs", "1", *SMALL]
     code, out, _ = run(capsys, *words)
     assert code == 0
     table = [line.split() for line in out.strip().splitlines()]
@@ -108,11 +108,11 @@ def test_sweep_prints_a_row_a_point_and_resumes(capsys):
 
 
 def test_sweep_refuses_unknown_knobs_and_bad_forms(capsys):
-    code, _, err = run(capsys, "sweep", "noise_mask", "--grid", "mask_strenth=0,1")
+    code, _, err = run(capsys, "sweep", "noise_mask", "--over", "mask_strenth=0,1")
     assert code == 2 and "mask_strength" in err
-    code, _, err = run(capsys, "sweep", "noise_mask", "--grid", "mask_strength")
+    code, _, err = run(capsys, "sweep", "noise_mask", "--over", "mask_strength")
     assert code == 2 and "NAME=VALUE" in err
-    code, _, err = run(capsys, "sweep", "noise_mask", "--grid", "mask_strength=a,b")
+    code, _, err = run(capsys, "sweep", "noise_mask", "--over", "mask_strength=a,b")
     assert code == 2 and "numbers" in err
 
 

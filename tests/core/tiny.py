@@ -123,3 +123,42 @@ def python(code: str, *arguments: object, **more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+class CountedConfig(polrl.Config):
+    log: str = ""
+    shape: tuple[int, ...] = (2,)
+    gain: float = knob(1.0, low=-5.0, high=5.0, first=True)
+    count: int = knob(1, low=1, high=9)
+    fails: bool = knob(False)
+
+
+class Counted(Learner[CountedConfig]):
+    """Writes a line to a file whenever it is built, so that trainings can be counted across processes."""
+
+    curves = (Curve("total", "Total"),)
+
+    def setup(self):
+        if self.config.log:
+            with open(self.config.log, "a", encoding="utf-8") as file:
+                file.write(f"{self.config.gain} {self.config.count} {self.config.seed}\n")
+        self.total = 0.0
+
+    def update(self):
+        if self.config.fails:
+            raise RuntimeError("this setting cannot be trained")
+        self.total += self.config.gain * self.config.count + 0.1 * float(self.rng.numpy.standard_normal())
+        return {"total": self.total}
+
+    def evaluate(self):
+        return {"score": self.total, "threads": torch.get_num_threads()}
+
+    def extra(self):
+        return {"extra": 2 * self.total}
+
+
+class Unjudged(Counted):
+    """The same without an evaluation."""
+
+    def evaluate(self):
+        return {}

@@ -41,9 +41,7 @@ class KnobControl:
         self._value = getattr(config, knob.name)
         self._input, self._box = self._make()
         words = f"back to the default, {format_value(knob.default)}"
-        reset = widgets.Button(
-            description="↺", tooltip=words, layout=widgets.Layout(width="30px", padding="0")
-        )
+        reset = widgets.Button(description="↺", tooltip=words, layout=widgets.Layout(width="30px", padding="0"))
         reset.add_class("polrl-default").add_class(f"polrl-default-{knob.name}")
         reset.on_click(lambda _: self._moved(knob.default))
         parts = [self._label(), widgets.HBox([w for w in (self._input, self._box, reset) if w is not None])]
@@ -54,9 +52,7 @@ class KnobControl:
     def describe(self) -> str:
         """Say in words what the knob is and what its ends do, as tooltip and accessible name."""
         knob = self.knob
-        words = [
-            f"{knob.name}{f' ({knob.unit})' if knob.unit else ''}: {knob.help}" if knob.help else knob.name
-        ]
+        words = [f"{knob.name}{f' ({knob.unit})' if knob.unit else ''}: {knob.help}" if knob.help else knob.name]
         words.append(knob.allowed(self._config))
         words += [f"low: {knob.at_low}"] * bool(knob.at_low) + [f"high: {knob.at_high}"] * bool(knob.at_high)
         return "; ".join(words)
@@ -96,9 +92,7 @@ class KnobControl:
                 place = knob.to_position(self._value, self._config)
                 made = widgets.FloatSlider(min=0.0, max=1.0, step=1 / (2 * NUDGES), value=place, **shared)
             else:
-                made = widgets.FloatSlider(
-                    min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared
-                )
+                made = widgets.FloatSlider(min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared)
         made.add_class(f"polrl-knob-{knob.name}")
         made.observe(self._slid, "value")
         box = None
@@ -112,23 +106,16 @@ class KnobControl:
     def _label(self) -> widgets.HTMLMath:
         knob = self.knob
         symbol = f" ${knob.symbol}$" if knob.symbol else ""
-        paper = (
-            f' <span class="polrl-paper">paper: {format_value(knob.paper)}</span>'
-            if knob.paper is not None
-            else ""
-        )
+        paper = f' <span class="polrl-paper">paper: {format_value(knob.paper)}</span>' if knob.paper is not None else ""
         name = knob.name.replace("_", " ")
         words = html.escape(self.describe(), quote=True)
         return widgets.HTMLMath(f'<span class="polrl-name" title="{words}">{name}{symbol}</span>{paper}')
 
     def _ends(self) -> widgets.HTML:
         low, high = html.escape(self.knob.at_low), html.escape(self.knob.at_high)
-        style = (
-            "display:flex;justify-content:space-between;gap:1em;line-height:1.25;font-size:11px;opacity:.75"
-        )
-        return widgets.HTML(
-            f'<div class="polrl-ends" style="{style}"><span>{low}</span><span style="text-align:right">{high}</span></div>'
-        )
+        style = "display:flex;justify-content:space-between;gap:1em;line-height:1.25;font-size:11px;opacity:.75"
+        words = f'<span>{low}</span><span style="text-align:right">{high}</span>'
+        return widgets.HTML(f'<div class="polrl-ends" style="{style}">{words}</div>')
 
     def _slid(self, change: dict[str, Any]) -> None:
         if self._quiet:
@@ -185,15 +172,11 @@ class StructurePanel:
                 style={"description_width": "130px"},
                 layout=widgets.Layout(width="auto"),
             )
-        start = widgets.Button(
-            description="start again", icon="refresh", tooltip="a new run with these settings"
-        )
+        start = widgets.Button(description="start again", icon="refresh", tooltip="a new run with these settings")
         start.add_class("polrl-restart")
         start.on_click(lambda _: self._start())
         content = widgets.VBox([*self._fields.values(), start])
-        self.widget = widgets.Accordion(
-            [content], titles=("structure: needs a new run",), selected_index=None
-        )
+        self.widget = widgets.Accordion([content], titles=("structure: needs a new run",), selected_index=None)
         self.widget.add_class("polrl-structure")
 
     def _start(self) -> None:

@@ -147,9 +147,7 @@ class Lab:
         self._seats = widgets.VBox([bench.panel for bench in self._benches])
         beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
         left = widgets.VBox([self._transport(), self._seats], layout=beside).add_class("polrl-controls")
-        self.widget = (
-            widgets.HBox([left, self.board]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
-        )
+        self.widget = widgets.HBox([left, self.board]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
         self.board.name_sliders(f"polrl-lab-{self.id}", self._accessible_names())
         if play:
             self.driver.play()
@@ -265,9 +263,7 @@ class Lab:
         """Split the first run in two, which go on side by side."""
         parent = self._benches[0]
         twin = parent.run.fork(new_run_folder(parent.run.tape.method))
-        track = Track(
-            self._new_track_id(), f"{parent.track.label} (fork at {twin.step})", color=len(self._benches)
-        )
+        track = Track(self._new_track_id(), f"{parent.track.label} (fork at {twin.step})", color=len(self._benches))
         bench = self._bench(twin, track)
         bench.rows, bench.marks, bench.changes = list(parent.rows), parent.marks, len(twin._tape.changes)
         bench.applied_step = twin.step

@@ -78,9 +78,7 @@ class Predict:
         import ipywidgets as widgets
 
         wide = widgets.Layout(width="auto")
-        choice = widgets.RadioButtons(options=self.options, value=None, layout=wide).add_class(
-            "polrl-predict"
-        )
+        choice = widgets.RadioButtons(options=self.options, value=None, layout=wide).add_class("polrl-predict")
         told = widgets.HTML().add_class("polrl-predict-answer")
 
         def chosen(change: dict[str, Any]) -> None:

@@ -1,0 +1,199 @@
+"""The lab as a person meets it: in JupyterLab, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from conftest import NotebookPage
+
+IMPORTS = "from polrl_widgets import Lab\nfrom polrl.foundations.noise_mask import NoiseMask"
+SMALL = "NoiseMask(width=4, per_class=4, pretrain_epochs=60, finetune_epochs=5)"
+
+
+@pytest.fixture(scope="module")
+def notebook(browser, jupyter):
+    """One notebook for all tests here: its kernel imports torch once."""
+    opened = NotebookPage(browser, jupyter, "lab.ipynb", [IMPORTS, f"lab = Lab({SMALL})\nlab"]).open()
+    opened.run_cell(0)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def lab(notebook):
+    """A lab of its own: the cell is run again, which closes the one before."""
+    notebook.errors.clear()
+    notebook.run_cell(1)
+    notebook.page.wait_for_selector(".polrl-lab .polrl-chart .main-svg")
+    notebook.wait_text(".polrl-step", "0")
+    return notebook
+
+
+def step_of(notebook) -> int:
+    return int(notebook.page.locator(".polrl-step").first.get_attribute("data-value"))
+
+
+def wait_steps(notebook, least: int) -> None:
+    notebook.page.wait_for_function(
+        "least => [...document.querySelectorAll('.polrl-step')].every(e => Number(e.dataset.value) >= least)", arg=least
+    )
+
+
+def drag(notebook, knob: str, share: float) -> None:
+    """Drag a slider's handle to a place on its track, as a hand would."""
+    page = notebook.page
+    slider = page.locator(f".polrl-knob-{knob} .noUi-target").first
+    slider.scroll_into_view_if_needed()
+    handle, track = page.locator(f".polrl-knob-{knob} .noUi-handle").first.bounding_box(), slider.bounding_box()
+    page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(track["x"] + share * track["width"], handle["y"] + handle["height"] / 2, steps=8)
+    page.mouse.up()
+
+
+def test_dragging_a_slider_changes_what_the_next_steps_are_trained_with(lab):
+    lab.page.click(".polrl-run")
+    wait_steps(lab, 5)
+    drag(lab, "mask_strength", 0.25)
+    lab.page.wait_for_function(
+        "() => Math.abs(Number(document.querySelector('.polrl-applied-mask_strength').textContent) - 0.25) < 0.05"
+    )
+    shown = float(lab.text(".polrl-applied-mask_strength"))
+    lab.page.click(".polrl-pause")
+    told = json.loads(lab.run_code("import json; print(json.dumps([c.model_dump() for c in lab.run.tape.changes]))"))
+    assert told[-1]["knob"] == "mask_strength" and told[-1]["value"] == pytest.approx(shown, abs=1e-3)
+    assert lab.errors == []
+
+
+def test_every_part_has_its_stable_class(lab):
+    names = ["run", "pause", "step1", "step100", "reset", "fork", "rewind", "step", "ups", "chart", "message"]
+    names += [f"{part}-{knob}" for part in ("knob", "applied") for knob in ("mask_strength", "score", "weight_decay")]
+    lab.page.wait_for_selector(".polrl-view-mask canvas")
+    names += ["view-mask", "view-mask_values", "view-accuracy_by_class"]
+    for name in names:
+        assert lab.page.locator(f".polrl-lab .polrl-{name}").count() >= 1, name
+
+
+def test_transport_does_single_steps_and_pauses(lab):
+    for expected in (1, 2):
+        lab.page.click(".polrl-step1")
+        lab.wait_text(".polrl-step", str(expected))
+    lab.page.click(".polrl-step100")
+    lab.wait_text(".polrl-step", "102")
+    lab.page.click(".polrl-run")
+    wait_steps(lab, 110)
+    lab.page.click(".polrl-pause")
+    assert lab.run_code("import time; time.sleep(0.5); n = lab.run.step; time.sleep(1); print(lab.run.step - n)") == "0"
+
+
+def test_typed_values_arrow_keys_and_the_way_back_to_the_default(lab):
+    box = lab.page.locator(".polrl-value-mask_strength input")
+    box.fill("0.3")
+    box.press("Enter")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-applied-mask_strength", "0.3")
+    handle = lab.page.locator(".polrl-knob-mask_strength .noUi-handle").first
+    handle.focus()
+    handle.press("ArrowRight")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-applied-mask_strength", "0.31")
+    lab.page.click(".polrl-default-mask_strength")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-applied-mask_strength", "1")
+
+
+def test_a_value_out_of_range_is_refused_in_words_and_the_old_one_stays(lab):
+    box = lab.page.locator(".polrl-value-mask_strength input")
+    box.fill("7")
+    box.press("Enter")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('mask_strength')")
+    assert "from 0 to 1" in lab.text(".polrl-message")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-value-mask_strength input').value === '1'")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-step", "1")
+    assert lab.text(".polrl-applied-mask_strength") == "1"
+
+
+def test_sliders_have_accessible_names(lab):
+    handle = lab.page.locator(".polrl-knob-mask_strength .noUi-handle").first
+    lab.page.wait_for_function("() => document.querySelector('.polrl-knob-mask_strength .noUi-handle').ariaLabel")
+    assert "plain training" in handle.get_attribute("aria-label")
+
+
+def test_opening_the_lab_turns_no_knob(lab):
+    wait = "import time; time.sleep(1); print(lab.run.tape.changes)"
+    assert lab.run_code(wait) == "[]"
+
+
+def test_phases_are_marked_and_views_move(lab):
+    lab.page.locator(".polrl-step100").click(click_count=1)
+    for hundreds in range(1, 4):
+        wait_steps(lab, 100 * hundreds)
+        lab.page.click(".polrl-step100")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-lab').textContent.includes('finetune')")
+    lab.page.locator(".polrl-view-mask").scroll_into_view_if_needed()
+    lab.page.wait_for_function("() => document.querySelector('.polrl-view-mask').textContent.includes('not used')")
+
+
+def test_fork_goes_on_beside_its_parent_with_sliders_of_its_own(lab):
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    lab.page.click(".polrl-fork")
+    lab.page.wait_for_function("() => document.querySelectorAll('.polrl-knob-mask_strength').length === 2")
+    box = lab.page.locator(".polrl-value-mask_strength input").nth(1)
+    box.fill("0.2")
+    box.press("Enter")
+    lab.page.click(".polrl-step1")
+    wait_steps(lab, 101)
+    texts = lab.page.locator(".polrl-applied-mask_strength").all_inner_texts()
+    assert texts == ["1", "0.2"]
+    assert lab.errors == []
+
+
+def test_rewind_goes_back_and_leaves_the_old_branch(lab):
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    box = lab.page.locator(".polrl-rewind-step input")
+    box.fill("40")
+    box.press("Enter")
+    lab.page.click(".polrl-rewind")
+    lab.wait_text(".polrl-step", "40")
+    assert lab.run_code("print(lab.run.step, len(lab.run.history), len(lab.run.ghosts))") == "40 40 1"
+
+
+def test_reset_begins_anew_with_the_present_knobs(lab):
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    box = lab.page.locator(".polrl-value-mask_strength input")
+    box.fill("0.5")
+    box.press("Enter")
+    lab.page.click(".polrl-reset")
+    lab.wait_text(".polrl-step", "0")
+    assert lab.run_code("print(lab.run.step, lab.run.learner.config.mask_strength)") == "0 0.5"
+
+
+def test_structure_panel_starts_a_new_run_and_refuses_what_can_not_be(lab):
+    lab.page.click(".polrl-structure .lm-Collapse-header, .polrl-structure .jupyter-widget-Collapse-header")
+    box = lab.page.locator(".polrl-structure input").nth(2)
+    lab.page.locator(".polrl-restart").wait_for(state="visible")
+    assert re.search("width", lab.page.locator(".polrl-structure").inner_text())
+    box.fill("0")
+    box.press("Enter")
+    lab.page.click(".polrl-restart")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('width')")
+    box.fill("6")
+    box.press("Enter")
+    lab.page.click(".polrl-restart")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-step').dataset.value === '0'")
+    assert lab.run_code("print(lab.run.learner.config.width)") == "6"
+
+
+def test_running_the_cell_again_leaves_one_training_thread(lab):
+    lab.page.click(".polrl-run")
+    wait_steps(lab, 3)
+    lab.run_cell(1)
+    lab.page.wait_for_selector(".polrl-lab .polrl-chart .main-svg")
+    count = "import threading; print(sum(t.name == 'polrl-training' for t in threading.enumerate()))"
+    assert lab.run_code(count) == "1"

@@ -1,0 +1,220 @@
+"""The lab without a browser: controls made from knobs, the static form, what the notebooks share."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Literal
+
+import ipywidgets
+import pytest
+import torch
+
+import polrl
+from polrl import Bars, Curve, Driver, Learner, Run, knob
+from polrl.core.errors import PolrlError
+from polrl_widgets import Gallery, Lab, Predict, start
+from polrl_widgets.controls import KnobControl, StructurePanel
+from polrl_widgets.lab import front_end
+
+
+class Config(polrl.Config):
+    cells: int = 4
+    strength: float = knob(0.5, low=0.0, high=2.0, first=True, at_low="nothing", at_high="all")
+    rate: float = knob(0.1, low=1e-3, high=1.0, scale="log", paper=0.01)
+    weight: float = knob(0.0, low=0.0, high=1.0, scale="log_zero", smallest=1e-3)
+    momentum: float = knob(0.9, low=0.5, high=0.999, scale="log_one_minus")
+    tilt: float = knob(0.0, low=-2.0, high=2.0, scale="signed_log", smallest=0.01)
+    width: int = knob(3, low=1, high=9, odd=True)
+    centred: bool = knob(True)
+    form: Literal["a", "b"] = knob("a")
+
+
+class Tiny(Learner[Config]):
+    curves = (Curve("value", "Value"), Curve("score", "Score"))
+    evaluate_every = 5
+
+    def setup(self):
+        self.x = torch.ones(self.config.cells)
+
+    def update(self):
+        config = self.config
+        _ = config.weight, config.momentum, config.tilt, config.width, config.centred, config.form
+        self.x = self.x * (1 - config.rate * config.strength)
+        return {"value": self.x.mean()}
+
+    def evaluate(self):
+        return {"score": self.x.sum()}
+
+    def views(self):
+        return {"x": Bars(title="x", alt="The numbers", labels=list("abcd"), values={"x": self.x.numpy()})}
+
+
+def wait_until(condition, seconds=20.0):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.01)
+
+
+def controls():
+    moved = []
+    config = Config()
+    made = {k.name: KnobControl(k, config, lambda name, value: moved.append((name, value))) for k in config.knobs.values()}
+    return made, moved
+
+
+def test_each_kind_of_knob_has_its_control():
+    made, _ = controls()
+    kinds = {name: type(control._input) for name, control in made.items()}
+    assert kinds["strength"] is kinds["rate"] is ipywidgets.FloatSlider
+    assert kinds["width"] is ipywidgets.IntSlider
+    assert kinds["centred"] is ipywidgets.Checkbox and kinds["form"] is ipywidgets.Dropdown
+
+
+def test_a_slider_move_reports_the_value_of_its_place():
+    made, moved = controls()
+    for name, place, expected in (
+        ("strength", 1.5, 1.5),
+        ("rate", 0.5, 10**-1.5),
+        ("weight", 0.0, None),
+        ("weight", 1.0, 1.0),
+        ("tilt", 0.75, Config.knobs["tilt"].from_position(0.75)),
+        ("momentum", 1.0, 0.999),
+        ("width", 7, 7),
+        ("centred", False, False),
+        ("form", "b", "b"),
+    ):
+        moved.clear()
+        made[name]._input.value = place
+        if expected is None:
+            assert moved == []  # it stood there already
+        else:
+            assert moved[-1] == (name, pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+def test_the_page_rounding_a_slider_turns_no_knob():
+    made, moved = controls()
+    for name in ("rate", "momentum", "strength"):
+        slider = made[name]._input
+        slider.value = round(slider.value / slider.step) * slider.step
+    assert moved == []
+
+
+def test_a_typed_value_moves_the_slider_and_a_refused_one_comes_back():
+    made, moved = controls()
+    made["rate"]._box.value = 0.01
+    assert moved[-1] == ("rate", 0.01)
+    assert made["rate"]._input.value == pytest.approx(Config.knobs["rate"].to_position(0.01), abs=0.01)
+    made["rate"]._box.value = 7.0
+    assert moved[-1] == ("rate", 7.0)  # the run says why it can't be
+    assert made["rate"]._box.value == 0.01
+
+
+def test_every_control_says_what_its_ends_do_and_carries_its_class():
+    made, _ = controls()
+    assert "low: nothing" in made["strength"].describe() and "high: all" in made["strength"].describe()
+    assert "from 0 to 2" in made["strength"].describe()
+    assert "polrl-knob-strength" in made["strength"]._input._dom_classes
+    labels = [child.value for child in made["rate"].widget.children if hasattr(child, "value")]
+    assert "paper: 0.01" in labels[0]
+
+
+def test_showing_a_value_is_not_a_move():
+    made, moved = controls()
+    for name, value in (("strength", 2.0), ("rate", 0.5), ("form", "b"), ("centred", False), ("width", 9)):
+        made[name].show(value)
+    assert moved == []
+
+
+def test_structure_panel_reads_numbers_and_words():
+    asked = []
+    panel = StructurePanel(Config(), asked.append)
+    panel._fields["cells"].value = "6"
+    panel._start()
+    assert asked == [{"seed": 0, "device": "auto", "cells": 6}]
+
+
+def test_outside_of_a_notebook_the_lab_is_static(monkeypatch):
+    monkeypatch.delenv("POLRL_MODE", raising=False)
+    assert front_end() == "static"
+    lab = Lab(Tiny(), steps=20)
+    assert lab.mode == "static" and lab.run.step == 20
+    pictures = lab._picture.pictures
+    assert len(pictures) == 2 and all(png.startswith(b"\x89PNG") and alt for png, alt in pictures)
+
+
+def test_smoke_mode_keeps_the_static_form_short(monkeypatch):
+    monkeypatch.setenv("POLRL_MODE", "smoke")
+    assert Lab(Tiny(), steps=5000).run.step < 50
+
+
+def test_static_form_holds_several_methods_on_the_same_axes(monkeypatch):
+    monkeypatch.setenv("POLRL_MODE", "fast")
+    lab = Lab(Tiny(), Tiny(strength=1.0), steps=10)
+    assert [run.step for run in lab.runs] == [10, 10]
+    assert "Tiny, Tiny (2)" in lab._picture.pictures[0][1]
+
+
+def test_a_run_can_be_put_on_the_table(monkeypatch):
+    monkeypatch.setenv("POLRL_MODE", "fast")
+    run = Run(Tiny(), threads=1)
+    run.advance(7)
+    assert Lab(run, steps=3).run is run and run.step == 10
+
+
+def test_a_lab_without_a_method_and_an_unknown_mode_are_refused():
+    with pytest.raises(PolrlError, match="needs a method"):
+        Lab()
+    with pytest.raises(PolrlError, match="'live' or 'static', got 'moving'"):
+        Lab(Tiny(), mode="moving")
+
+
+def test_mode_of_a_notebook_comes_from_the_environment_first(monkeypatch):
+    monkeypatch.setenv("POLRL_MODE", "smoke")
+    assert start("full") == "smoke"
+    monkeypatch.delenv("POLRL_MODE")
+    assert start("full") == "full"
+    with pytest.raises(PolrlError, match="smoke, fast, full, got 'quick'"):
+        start("quick")
+
+
+def test_prediction_hides_its_answer_in_the_static_form():
+    question = Predict("Up or <down>?", ["up", "down"], answer=1, why="It falls.")
+    words = question._folded()
+    assert "<details>" in words and "down. It falls." in words and "&lt;down&gt;" in words
+    assert words.index("<details>") < words.index("It falls.")
+
+
+def test_prediction_answers_once_chosen():
+    box = Predict("Which?", ["a", "b"], answer=1, why="Because.")._live()
+    _, choice, told = box.children
+    assert told.value == ""
+    choice.value = "a"
+    assert "Not quite" in told.value and "Because." in told.value
+    choice.value = "b"
+    assert "Yes" in told.value
+
+
+def test_prediction_with_an_answer_that_is_no_option_is_refused():
+    with pytest.raises(PolrlError, match="from 0 to 1, got 2"):
+        Predict("Which?", ["a", "b"], answer=2, why="")
+
+
+def test_gallery_shows_every_method_with_its_state():
+    words = Gallery()._repr_html_()
+    assert words.count("<tr") >= 61 + 11
+    assert "01_foundations/01_noise_mask.ipynb" in words and "planned" in words
+    json.dumps(repr(Gallery()))
+
+
+def test_a_run_that_a_driver_advances_is_saved_as_it_goes(tmp_path):
+    run = Run(Tiny(), threads=1, folder=tmp_path / "run", autosave=0.05)
+    driver = Driver([run])
+    written = (tmp_path / "run" / "state.safetensors").stat().st_mtime_ns
+    driver.play()
+    try:
+        wait_until(lambda: (tmp_path / "run" / "state.safetensors").stat().st_mtime_ns != written)
+    finally:
+        driver.close()
+        run.close()
