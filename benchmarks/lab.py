@@ -48,14 +48,14 @@ print(done / (time.perf_counter() - begun), done / (time.thread_time() - cpu))
 WATCH = """
 () => {
   window.polrlTimes = [];
-  const read = () => [document.querySelector('.polrl-knob-mask_strength .noUi-handle').getAttribute('aria-valuenow'),
+  const read = () => [document.querySelector('.polrl-knob-mask_strength .noUi-handle').getAttribute('aria-valuetext'),
                       document.querySelector('.polrl-applied-mask_strength').textContent];
   document.querySelector('.polrl-knob-mask_strength .noUi-handle').addEventListener('keydown', () => {
     const begun = performance.now();
     const look = () => {
       const [wanted, applied] = read();
       const painted = () => window.polrlTimes.push(performance.now() - begun);
-      if (Math.abs(wanted - applied) < 1e-6) requestAnimationFrame(painted);
+      if (Math.abs(parseFloat(wanted) - applied) < 1e-6) requestAnimationFrame(painted);
       else if (performance.now() - begun < 5000) setTimeout(look, 1);
       else window.polrlTimes.push(5000);
     };

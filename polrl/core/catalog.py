@@ -72,6 +72,8 @@ class Entry:
         if result["fingerprint"] != fingerprint(self.path):
             return "to be run again"
         shown = sum(verdict["shown"] for verdict in result["verdicts"])
+        if not result["verdicts"]:
+            return "built"
         if shown == len(result["verdicts"]):
             return "claim shown"
         return f"claim shown in part ({shown} of {len(result['verdicts'])})" if shown else "claim not shown"
@@ -157,7 +159,7 @@ def load_study(slug: str) -> Study:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a Python file's code: comments, docstrings and white space do not count."""
+    """Return a digest of a Python file's code: comments, docstrings and white space (but indentation) do not count."""
     source = path.read_text(encoding="utf-8")
     drop: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -165,11 +167,14 @@ def fingerprint(path: Path) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             drop.update(range(body[0].lineno, (body[0].end_lineno or 0) + 1))  # type: ignore[index]
     lines = source.splitlines()
+    blocks: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    code = "".join(line for number, line in enumerate(lines, 1) if number not in drop)
+        elif token.type in (tokenize.INDENT, tokenize.DEDENT):
+            blocks[row] = blocks.get(row, "") + ("{" if token.type == tokenize.INDENT else "}")
+    code = "".join(blocks.get(n, "") + ("" if n in drop else line) for n, line in enumerate(lines, 1))
     return hashlib.sha256("".join(code.split()).encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import textwrap
 import types
@@ -34,15 +35,14 @@ class Equation:
 
     def code(self) -> str:
         """Return the function's source without its decorator and docstring, as a reader wants it beside the formula."""
-        lines = textwrap.dedent(inspect.getsource(inspect.unwrap(self.function))).splitlines()
-        start = next(i for i, line in enumerate(lines) if line.startswith("def "))
-        text = "\n".join(lines[start:])
-        doc = self.function.__doc__
-        if doc:
-            quote = text.find('"""')
-            end = text.find('"""', quote + 3) + 3
-            text = text[: text.rfind("\n", 0, quote)] + text[end:]
-        return text
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(self.function)))
+        function = ast.parse(source).body[0]
+        assert isinstance(function, ast.FunctionDef)
+        lines = source.splitlines()
+        if ast.get_docstring(function, clean=False) is not None:
+            docstring = function.body[0]
+            del lines[docstring.lineno - 1 : docstring.end_lineno]
+        return "\n".join(lines[function.lineno - 1 :])
 
     def _repr_markdown_(self) -> str:
         first = (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")

@@ -22,7 +22,7 @@ from polrl.core.errors import CheckpointError, DivergedError, KnobError, unknown
 from polrl.core.history import History
 from polrl.core.learner import Learner
 from polrl.core.state import State
-from polrl.core.store import RunFolder
+from polrl.core.store import PREVIOUS, STATE, RunFolder
 from polrl.core.tape import Change, Tape, present_versions
 from polrl.core.views import View
 
@@ -97,6 +97,9 @@ class Run:
         self.autosave = autosave
         self.ghosts: list[Ghost] = []
         self.phase_marks: list[tuple[int, str]] = []
+        #: Evaluations that are due wait until then (time.monotonic): while a person moves a knob, say.
+        self.evaluate_after = 0.0
+        self._evaluation_waits = False
         #: What a person should know: a save that failed, a fallback that was used; "" if nothing.
         self.message = ""
         #: After `replay`: True if all numbers came out alike; None for any other run.
@@ -218,7 +221,9 @@ class Run:
             raise
         if learner.phase != phase:
             self.phase_marks.append((step, learner.phase))
-        if learner.phase != phase or (self.evaluate_every and step % self.evaluate_every == 0):
+        if self.evaluate_every and step % self.evaluate_every == 0:
+            self._evaluation_waits = True
+        if learner.phase != phase or (self._evaluation_waits and now >= self.evaluate_after):
             self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
@@ -291,6 +296,7 @@ class Run:
         return self.post(self._evaluate).result()
 
     def _evaluate(self) -> dict[str, float]:
+        self._evaluation_waits = False
         self.check()
         with torch_threads(self.threads):
             metrics = self.learner.evaluate()
@@ -448,6 +454,8 @@ class Run:
     def _open(self, folder: Path) -> None:
         former, self._folder = self._folder, RunFolder(folder)
         try:
+            if any((folder / name).exists() for name in (STATE, PREVIOUS)):
+                raise CheckpointError(f"{folder} holds a saved run already: open it with Run.load, or name another")
             self._save()
         except BaseException:
             self._folder.close()
@@ -500,8 +508,8 @@ class Run:
     def _autosave_if_due(self) -> None:
         if self._folder is None or not self.autosave:
             return
-        # Saving may take a fiftieth of the time at most.
-        if time.monotonic() - self._saved < max(self.autosave, 50 * self._save_cost):
+        # Saving may take a hundredth of the time at most.
+        if time.monotonic() - self._saved < max(self.autosave, 100 * self._save_cost):
             return
         if not self.learner.parameters_finite():
             return  # the guard is about to go back: the last good save must stay

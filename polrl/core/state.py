@@ -14,6 +14,7 @@ import enum
 import hashlib
 import inspect
 import json
+import math
 import pathlib
 import random
 import types
@@ -193,8 +194,12 @@ class _Encoder:
             raise StateError(f"{path} is a tensor that still holds its graph; keep `.detach()` of it")
         if value.layout is not torch.strided or value.dtype == torch.complex128:
             raise StateError(f"{path} is a {value.layout} tensor of {value.dtype}, which no checkpoint file can hold")
-        slot = self._slot(value, lambda: value.detach().to("cpu", copy=True).contiguous())
-        return {"$": "tensor", "slot": slot, "grad": value.requires_grad}
+        # The order of the dimensions in memory is kept: sums over another one differ in their last bits.
+        order = list(range(value.dim()))
+        if not value.is_contiguous():
+            order.sort(key=lambda d: value.stride(d) if value.shape[d] > 1 else math.inf, reverse=True)
+        slot = self._slot(value, lambda: value.detach().permute(order).to("cpu", copy=True).contiguous())
+        return {"$": "tensor", "slot": slot, "grad": value.requires_grad, "order": order}
 
     def _array(self, value: Any, path: str) -> dict[str, Any]:
         if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
@@ -202,7 +207,8 @@ class _Encoder:
         if isinstance(value, np.generic):
             return {"$": "numpy_scalar", "dtype": value.dtype.name, "value": value.item()}
         native = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")).reshape(np.shape(value))
-        return {"$": "array", "slot": self._slot(value, lambda: torch.from_numpy(native.copy()))}
+        order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
+        return {"$": "array", "slot": self._slot(value, lambda: torch.from_numpy(native.copy())), "order": order}
 
     def _slot(self, value: Any, copied: Callable[[], torch.Tensor]) -> str:
         """Keep a copy of a tensor or array, once, and return its slot."""
@@ -245,11 +251,15 @@ class _Decoder:
                 f"modules, optimizers and generators must all be made in setup()"
             )
 
+    def _saved(self, reference: Any) -> torch.Tensor:
+        order = reference["order"]
+        return self._tensors[reference["slot"]].permute([order.index(d) for d in range(len(order))])
+
     def _constant(self, tree: Any, target: Any, path: str) -> Any:
         return target
 
     def _tensor(self, tree: Any, target: Any, path: str) -> torch.Tensor:
-        slot, saved = tree["slot"], self._tensors[tree["slot"]]
+        slot, saved = tree["slot"], self._saved(tree)
         fits = isinstance(target, torch.Tensor) and target.shape == saved.shape and target.dtype == saved.dtype
         if slot in self._made:
             return self._made[slot]
@@ -265,7 +275,7 @@ class _Decoder:
 
     def _array(self, tree: Any, target: Any, path: str) -> Any:
         if tree["slot"] not in self._arrays:
-            self._arrays[tree["slot"]] = self._tensors[tree["slot"]].numpy().copy()
+            self._arrays[tree["slot"]] = self._tensors[tree["slot"]].numpy().copy(order=tree["order"])
         return self._arrays[tree["slot"]]
 
     def _numpy_scalar(self, tree: Any, target: Any, path: str) -> Any:
@@ -280,7 +290,7 @@ class _Decoder:
             raise StateError(f"{path} has other parameters than the saved one: {differing}")
         with torch.no_grad():
             for name, reference in tree["tensors"].items():
-                saved, here = self._tensors[reference["slot"]], named[name]
+                saved, here = self._saved(reference), named[name]
                 if here.shape != saved.shape:
                     raise StateError(f"{path}.{name} has shape {tuple(here.shape)}, saved was {tuple(saved.shape)}")
                 here.copy_(saved)

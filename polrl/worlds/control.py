@@ -8,6 +8,9 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+# Derived from the physics, but one substep behind it; Ant and Humanoid take their next reward from them.
+_POSITIONS = ("xpos", "xipos")
+
 
 class ControlTask:
     """One environment with its present observation.
@@ -80,6 +83,7 @@ class ControlTask:
             physics = np.empty(mujoco.mj_stateSize(raw.model, kind))
             mujoco.mj_getState(raw.model, raw.data, physics, kind)
             state["physics"] = physics
+            state["positions"] = {name: np.array(getattr(raw.data, name)) for name in _POSITIONS}
         else:
             state["attributes"] = {name: value for name, value in vars(raw).items() if _is_plain(value)}
         return state
@@ -99,6 +103,8 @@ class ControlTask:
             kind = int(mujoco.mjtState.mjSTATE_INTEGRATION)
             # No mj_forward here: it would change the solver's warm start, and the next step with it.
             mujoco.mj_setState(raw.model, raw.data, np.array(state["physics"]), kind)
+            for name, value in state["positions"].items():
+                getattr(raw.data, name)[:] = value
         else:
             for name, value in state["attributes"].items():
                 setattr(raw, name, value)

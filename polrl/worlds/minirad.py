@@ -111,3 +111,9 @@ def _load(device: str, per_class: int | None) -> MiniRad:
         mean=mean,
         std=std,
     )
+
+
+def first_of_each_class(images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first images of each class, at most `count`, and their labels; the labels are in ascending order."""
+    place = torch.arange(len(labels), device=labels.device) - torch.searchsorted(labels, labels)
+    return images[place < count], labels[place < count]

@@ -743,7 +743,7 @@ def test_evaluation_without_a_mask_is_the_clean_one():
 
 
 def test_evaluate_returns_balanced_accuracies_and_their_gap():
-    learner = small()
+    learner = small(test_per_class=40)
     advance(learner, 6)
     figures = {name: float(value) for name, value in learner.evaluate().items()}
     assert {"balanced_accuracy", "train_accuracy", "gap", "heated_accuracy", "policy_mask_mean"} <= figures.keys()
@@ -758,6 +758,16 @@ def test_evaluate_returns_balanced_accuracies_and_their_gap():
     assert figures["train_accuracy"] == pytest.approx(train, abs=1e-6)
     assert figures["gap"] == pytest.approx(train - test, abs=1e-6)
     assert 0 < figures["policy_mask_mean"] < 1
+
+
+def test_a_learner_in_the_lab_is_judged_by_the_first_images_of_each_class():
+    learner = small(test_per_class=3)
+    images, labels = learner.unseen
+    assert labels.tolist() == [label for label in range(36) for _ in range(3)]
+    data = learner.data
+    for label in range(36):
+        assert torch.equal(images[labels == label], data.test_images[data.test_labels == label][:3])
+    assert len(learner.seen[1]) == 36 * 2  # there are no more
 
 
 def test_balanced_accuracy_weighs_classes_and_not_images():

@@ -216,9 +216,7 @@ class NotebookPage:
             for _ in range(self.count):
                 self.command("notebook:move-cursor-down")
             self.command("notebook:insert-cell-below")
-            self.page.wait_for_function(
-                "n => document.querySelectorAll('.jp-CodeCell').length > n", arg=self.count
-            )
+            self.page.wait_for_function("n => document.querySelectorAll('.jp-CodeCell').length > n", arg=self.count)
         cells.nth(self.count).locator(".cm-content").fill(code)
         self.run_cell(self.count)
         output = cells.nth(self.count).locator(".jp-OutputArea-output")

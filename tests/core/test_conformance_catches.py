@@ -79,7 +79,13 @@ def test_a_sound_learner_passes(check):
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda: torch.randn(1), np.random.rand, random.random, lambda: nn.Dropout(0.5)(torch.ones(2)), lambda: nn.Linear(1, 1)],
+    [
+        lambda: torch.randn(1),
+        np.random.rand,
+        random.random,
+        lambda: nn.Dropout(0.5)(torch.ones(2)),
+        lambda: nn.Linear(1, 1),
+    ],
     ids=["torch", "numpy", "python", "dropout", "layer"],
 )
 def test_global_randomness_in_update_is_caught(draw):
@@ -329,7 +335,9 @@ def test_a_metric_with_its_graph_is_detached():
 
 def test_bad_metrics_are_caught():
     fails(metric("row", lambda learner: torch.zeros(2)), "update", "metric row is not a scalar")
-    fails(metric("odd", lambda learner: math.nan if learner.step == 2 else 0.0), "update", "metric odd is nan at step 3")
+    fails(
+        metric("odd", lambda learner: math.nan if learner.step == 2 else 0.0), "update", "metric odd is nan at step 3"
+    )
     fails(metric("odd", lambda learner: torch.tensor(math.inf)), "update", "metric odd is inf at step 1")
 
 
@@ -448,7 +456,7 @@ def a_closure():
 
 
 def a_default():
-    return lambda seen=[]: seen.append(0) or len(seen)  # noqa: B006
+    return lambda seen=[]: seen.append(0) or len(seen)
 
 
 def a_method():

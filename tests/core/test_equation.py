@@ -62,7 +62,7 @@ def test_the_function_stays_what_it_is():
     ("function", "code"),
     [
         (mean_of, "def mean_of(x: torch.Tensor) -> torch.Tensor:\n    # Why: it is the paper's.\n    return x.mean()"),
-        (squared, "def squared(\n    x: torch.Tensor,\n    words: str = '\"\"\"',\n) -> torch.Tensor:\n    return x**2"),
+        (squared, 'def squared(\n    x: torch.Tensor,\n    words: str = \'"""\',\n) -> torch.Tensor:\n    return x**2'),
         (
             undocumented,
             "def undocumented(x: torch.Tensor) -> torch.Tensor:\n"

@@ -18,7 +18,9 @@ def left_over(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("content", "read"), [(b"\x00bytes\r\n", b"\x00bytes\r\n"), ("Größe\n", "Größe\n".encode()), ("", b"")])
+@pytest.mark.parametrize(
+    ("content", "read"), [(b"\x00bytes\r\n", b"\x00bytes\r\n"), ("Größe\n", "Größe\n".encode()), ("", b"")]
+)
 def test_content_is_written_as_it_is(tmp_path, content, read):
     write_atomic(tmp_path / "new" / "folder" / "file", content)
     assert (tmp_path / "new" / "folder" / "file").read_bytes() == read
@@ -131,7 +133,9 @@ def test_a_checked_file_is_the_one_that_was_meant(tmp_path):
     assert digest == "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"
     for wrong in (b"conten", b"Content", b""):
         path.write_bytes(wrong)
-        with pytest.raises(DataError, match=r"data\.bin is not the one its manifest names .*truncated or altered") as raised:
+        with pytest.raises(
+            DataError, match=r"data\.bin is not the one its manifest names .*truncated or altered"
+        ) as raised:
             read_checked(path, digest)
         assert digest in str(raised.value) and sha256(wrong) in str(raised.value)
     path.unlink()

@@ -60,7 +60,9 @@ def wait_until(condition, seconds=20.0):
 def controls():
     moved = []
     config = Config()
-    made = {k.name: KnobControl(k, config, lambda name, value: moved.append((name, value))) for k in config.knobs.values()}
+    made = {
+        k.name: KnobControl(k, config, lambda name, value: moved.append((name, value))) for k in config.knobs.values()
+    }
     return made, moved
 
 

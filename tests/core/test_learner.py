@@ -137,7 +137,7 @@ def test_metrics_are_copies_without_a_graph():
     first = learner.update()
     kept = float(first["weight"])
     learner.update()
-    assert float(first["weight"]) == kept != float(learner.net.weight[0, 0])
+    assert float(first["weight"]) == kept != learner.net.weight[0, 0].item()
     assert not any(value.requires_grad for value in first.values())
 
 
@@ -242,7 +242,11 @@ def test_a_schedule_holds_in_its_own_phase_and_counts_its_steps():
 
 @pytest.mark.parametrize(
     ("name", "phase", "words"),
-    [("rl", "none", "unknown knob 'rl'; did you mean lr"), ("lr", "secnod", "unknown phase 'secnod'"), ("lr", "", "phase")],
+    [
+        ("rl", "none", "unknown knob 'rl'; did you mean lr"),
+        ("lr", "secnod", "unknown phase 'secnod'"),
+        ("lr", "", "phase"),
+    ],
 )
 def test_a_schedule_that_would_never_hold_is_refused(name, phase, words):
     with pytest.raises(UnknownNameError, match=words):

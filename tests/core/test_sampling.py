@@ -35,7 +35,9 @@ def generator():
 
 
 def test_seeds_differ_by_seed_and_by_purpose():
-    seeds = {derive_seed(seed, purpose) for seed in range(200) for purpose in ("train", "setup", "observe", "train/cpu")}
+    seeds = {
+        derive_seed(seed, purpose) for seed in range(200) for purpose in ("train", "setup", "observe", "train/cpu")
+    }
     assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(3, "train") == derive_seed(3, "train")
     assert 0 <= derive_seed(2**32 - 1, "") < 2**63
@@ -147,7 +149,9 @@ def test_gamma_draws(generator, concentration):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (2.0, 5.0), (1.0, 1.0), (30.0, 3.0)])
 def test_beta_draws(generator, alpha, beta):
-    sample = sample_beta(torch.full((N,), alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), generator)
+    sample = sample_beta(
+        torch.full((N,), alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), generator
+    )
     assert sample.shape == (N,)
     assert agrees(sample, stats.beta(alpha, beta)) and not agrees(sample, stats.beta(alpha * 1.1, beta))
 

@@ -70,7 +70,9 @@ def test_a_verdict_is_the_paired_interval_and_shown_only_if_all_of_it_lies_above
     assert verdict.shown == (verdict.interval.low > above)
     if np.std(differences) > 1e-6:
         known = stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval(0.95)
-        assert (verdict.interval.low, verdict.interval.high) == pytest.approx((known.low, known.high), rel=1e-6, abs=1e-9)
+        assert (verdict.interval.low, verdict.interval.high) == pytest.approx(
+            (known.low, known.high), rel=1e-6, abs=1e-9
+        )
         if abs(known.low - above) > 1e-6:
             assert verdict.shown == (known.low > above)
 
@@ -104,7 +106,10 @@ def test_seeds_are_paired_by_their_number():
 
 
 def test_a_criterion_about_an_unknown_arm_is_refused_at_once():
-    for criterion in (Criterion("c", "s", plus=("larg", "score")), Criterion("c", "s", ("large", "x"), minus=("smal", "x"))):
+    for criterion in (
+        Criterion("c", "s", plus=("larg", "score")),
+        Criterion("c", "s", ("large", "x"), minus=("smal", "x")),
+    ):
         with pytest.raises(UnknownNameError, match="unknown arm .* did you mean"):
             study([criterion])
 

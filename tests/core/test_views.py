@@ -29,7 +29,9 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, bool, torch.float64, torch.float32, torch.bool, list])
+@pytest.mark.parametrize(
+    "kind", [np.float64, np.float32, np.int64, bool, torch.float64, torch.float32, torch.bool, list]
+)
 def test_a_view_holds_a_copy_as_float64(name, kind):
     make, shape, own = MAKERS[name]
     numbers = np.arange(1, 1 + math.prod(shape)).reshape(shape)
@@ -56,13 +58,25 @@ def test_a_wrong_number_of_dimensions_is_named(name):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ImageGrid(**WORDS, images=np.zeros((1, 1, 2, 2, 4))), r"must end in 3 channels, got shape \(1, 1, 2, 2, 4\)"),
-        (lambda: ImageGrid(**WORDS, images=np.zeros((1, 2, 2, 2)), row_labels=["a", "b"]), "row_labels must have 1 words, got 2"),
-        (lambda: ImageGrid(**WORDS, images=np.zeros((1, 2, 2, 2)), column_labels=["a"]), "column_labels must have 2 words"),
+        (
+            lambda: ImageGrid(**WORDS, images=np.zeros((1, 1, 2, 2, 4))),
+            r"must end in 3 channels, got shape \(1, 1, 2, 2, 4\)",
+        ),
+        (
+            lambda: ImageGrid(**WORDS, images=np.zeros((1, 2, 2, 2)), row_labels=["a", "b"]),
+            "row_labels must have 1 words, got 2",
+        ),
+        (
+            lambda: ImageGrid(**WORDS, images=np.zeros((1, 2, 2, 2)), column_labels=["a"]),
+            "column_labels must have 2 words",
+        ),
         (lambda: Bars(**WORDS, labels=["a"], values={"one": [1, 2]}), "bars 'one' must have 1 values, got 2"),
         (lambda: Histogram(**WORDS, edges=[0, 1], counts={"one": [1, 2]}), "counts 'one' must have 1 values, got 2"),
         (lambda: Lines(**WORDS, x=[0, 1], y={"one": [1]}), "line 'one' must have 2 values, got 1"),
-        (lambda: Points(**WORDS, groups={"one": np.zeros((3, 3))}), r"points 'one' must have shape \[n, 2\], got \(3, 3\)"),
+        (
+            lambda: Points(**WORDS, groups={"one": np.zeros((3, 3))}),
+            r"points 'one' must have shape \[n, 2\], got \(3, 3\)",
+        ),
         (lambda: Tokens(**WORDS, lines=[["a", "b"]], values=[[1.0]]), "one number a token"),
         (lambda: Tokens(**WORDS, lines=[["a"]], values=[]), "one number a token"),
         (lambda: Heatmap(values=[[1]]), "title"),

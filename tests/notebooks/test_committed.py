@@ -15,7 +15,9 @@ build = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(build)
 
 NOTEBOOKS = build.notebooks()
-METHOD_NOTEBOOKS = [path for path in NOTEBOOKS if re.match(r"\d\d_(?!overview)", path.name) and path.parent != build.COURSE]
+METHOD_NOTEBOOKS = [
+    path for path in NOTEBOOKS if re.match(r"\d\d_(?!overview)", path.name) and path.parent != build.COURSE
+]
 SECTIONS = ("What goes wrong without it", "The idea", "Predict", "The lab", "The claim", "Exercises", "Where it breaks")
 
 

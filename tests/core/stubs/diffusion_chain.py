@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ class DiffusionChain(Learner[Config]):
             path = self.chain(32)
         reward = -(path[-1].norm(dim=1) - 2).abs()
         log_probability, kl = torch.zeros_like(reward), torch.zeros_like(reward)
-        for step, (x, after) in enumerate(zip(path, path[1:], strict=False)):
+        for step, (x, after) in enumerate(itertools.pairwise(path)):
             own, start = self.mean("own", x, step), self.mean("pretrained", x, step)
             log_probability = log_probability - (after - own).square().sum(1) / (2 * self.config.noise**2)
             kl = kl + (own - start).square().sum(1) / (2 * self.config.noise**2)
@@ -62,4 +63,8 @@ class DiffusionChain(Learner[Config]):
         return {"radius": self.chain(64)[-1].norm(dim=1).mean()}
 
     def views(self):
-        return {"cloud": Points(title="Samples", alt="Samples from fixed noise", groups={"samples": self.chain(64)[-1].cpu()})}
+        return {
+            "cloud": Points(
+                title="Samples", alt="Samples from fixed noise", groups={"samples": self.chain(64)[-1].cpu()}
+            )
+        }

@@ -62,4 +62,8 @@ class LanguageSampler(Learner[Config]):
     def views(self):
         first = self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device)).logits[0, -1].softmax(-1)
         labels = [chr(97 + i) for i in range(12)]
-        return {"first_token": Bars(title="First token", alt="Probability of each first token", labels=labels, values={"model": first.cpu()})}
+        return {
+            "first_token": Bars(
+                title="First token", alt="Probability of each first token", labels=labels, values={"model": first.cpu()}
+            )
+        }

@@ -85,4 +85,8 @@ class OfflineActorCritic(Learner[Config]):
 
     def views(self):
         own, data = (x[:50, :2].cpu().numpy() for x in (self.actor(self.data[0]), self.data[1]))
-        return {"actions": Points(title="Actions", alt="The policy's actions over the data's", groups={"data": data, "policy": own})}
+        return {
+            "actions": Points(
+                title="Actions", alt="The policy's actions over the data's", groups={"data": data, "policy": own}
+            )
+        }
