@@ -24,7 +24,7 @@ from .board import Board, Chart, Track, TrackFrame
 from .controls import KnobControl, StructurePanel, format_value
 from .still import still_picture
 
-VIEW_SHARE = 1 / 40  # of the training thread's time, for drawing views
+VIEW_SHARE = 1 / 60  # of the training thread's time, for drawing views
 VIEW_SECONDS = 0.25  # between two redraws of the views at the least
 UNSEEN_SECONDS = 30.0  # training pauses when no page has painted for so long
 SETTLED_SECONDS = 0.4  # a knob that has not moved for so long gets its mark
@@ -62,6 +62,7 @@ class _Bench:
     ghosts: int = 0
     marks: int = 0
     changes: int = 0
+    turned: int = 0
     moving: dict[str, tuple[float, Change]] = field(default_factory=dict)
     applied: dict[str, str] = field(default_factory=dict)
     applied_step: int = 0
@@ -333,7 +334,11 @@ class Lab:
             message,
             *((b.run.step, b.run._tape.changes, len(b.run.ghosts)) for b in self._benches),
         )
-        with_views = now >= self._views_due and self.board.ready
+        # What a person has just turned is shown first, the pictures with the next frame.
+        turned = any(len(b.run._tape.changes) != b.turned for b in self._benches)
+        with_views = now >= self._views_due and self.board.ready and not turned
+        for bench in self._benches:
+            bench.turned = len(bench.run._tape.changes)
         if shown == self._shown and not (with_views and self._views_due == 0.0):
             return
         self._shown = shown

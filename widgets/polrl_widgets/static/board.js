@@ -1,9 +1,11 @@
 // Draws what a Board sends: words and images at once, what plotly draws one after another with rests between, so that
 // drawing takes a fixed share of the processor however many charts there are.
 const SHELF = Symbol.for("polrl.plotly");
-const REST = 3; // plotly rests this many times as long as it drew
+const REST = 6; // plotly rests this many times as long as it drew
 const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
-const ACK_EVERY = 300; // ms between two messages to the kernel, each of which interrupts the training a little
+const ANSWER = 120; // ms that plotly leaves to the answer to a slider's move
+const HOLD = 500; // ms that it waits at the most while a slider keeps moving
+const ACK_EVERY = 700; // ms between two messages to the kernel, each of which interrupts the training a little
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
 
@@ -368,12 +370,20 @@ class Panel {
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.onScheme = () => this.retheme();
     this.scheme.addEventListener("change", this.onScheme);
+    // While a slider moves, its answer comes first: plotly waits a moment, but draws at least every HOLD ms.
+    this.onMove = (event) => {
+      if (event.type === "pointermove" && !event.buttons) return;
+      if (!event.target.closest?.(".noUi-target")) return;
+      shelf().freeAt = Math.max(shelf().freeAt, Math.min(performance.now() + ANSWER, (shelf().drawnAt ?? 0) + HOLD));
+    };
+    for (const name of ["keydown", "pointerdown", "pointermove"]) document.addEventListener(name, this.onMove, true);
   }
 
   close() {
     this.closed = true;
     for (const observer of [this.sight, this.size, this.colors]) observer.disconnect();
     this.scheme.removeEventListener("change", this.onScheme);
+    for (const name of ["keydown", "pointerdown", "pointermove"]) document.removeEventListener(name, this.onMove, true);
     const { plotly } = shelf();
     if (plotly) this.el.querySelectorAll(".js-plotly-plot").forEach((gd) => plotly.purge(gd));
     this.el.remove();
@@ -441,9 +451,10 @@ class Panel {
       draw();
       figure.drawn = true;
     }
-    if (this.queue.size && shelf().plotly && performance.now() >= shelf().freeAt) this.drawNext();
     this.painted();
-    if (this.queue.size && shelf().plotly) {
+    // Plotly draws in a task of its own: the words of this frame are painted before it begins.
+    if (this.queue.size && shelf().plotly && performance.now() >= shelf().freeAt) setTimeout(() => this.drawNext());
+    else if (this.queue.size && shelf().plotly) {
       clearTimeout(this.resting);
       this.resting = setTimeout(() => this.wake(), Math.max(LONELY, shelf().freeAt - performance.now()));
     }
@@ -452,12 +463,15 @@ class Panel {
   // One chart or view; what has waited longest comes first.
   drawNext() {
     const begun = performance.now();
+    if (this.closed || !this.queue.size || begun < shelf().freeAt) return;
     const [figure, draw] = this.queue.entries().next().value;
     this.queue.delete(figure);
     draw();
     figure.drawn = true;
     const ended = performance.now();
-    shelf().freeAt = ended + Math.min(400, REST * (ended - begun));
+    shelf().freeAt = ended + Math.min(600, REST * (ended - begun));
+    shelf().drawnAt = ended;
+    if (this.queue.size) this.wake();
   }
 
   // -- words
