@@ -42,7 +42,7 @@ def bare_loop(learner: Learner) -> Callable[[int], None]:
 
 def plain_noise_mask(learner: NoiseMask) -> Callable[[int], None]:
     """Return the same training as a plain PyTorch script would have it, on copies of the same networks."""
-    config, data = learner.config, learner.data
+    config, data, size = learner.config, learner.data, learner.config.batch_size
     classifier, policy = learner.classifier, learner.policy
     base_a, base_b = learner.base_a, learner.base_b
     sgd = torch.optim.SGD(classifier.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
@@ -51,9 +51,10 @@ def plain_noise_mask(learner: NoiseMask) -> Callable[[int], None]:
     def work(steps: int) -> None:
         nonlocal base_a, base_b
         for step in range(steps):
-            if step % 11 == 0:
+            place = step % (len(data.train_labels) // size)
+            if place == 0:
                 order = torch.randperm(len(data.train_labels))
-            batch = order[step % 11 * 32 : step % 11 * 32 + 32]
+            batch = order[place * size : (place + 1) * size]
             x, y = data.train_images[batch], data.train_labels[batch]
             u, v = policy(x)
             a, b = (0.9 * base_a + 0.1 * u).clamp(-3, 4), (0.9 * base_b + 0.1 * v).clamp(-3, 4)
