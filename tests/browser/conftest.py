@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -278,6 +279,12 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def notebook_page(browser: Browser, jupyter: JupyterServer) -> Callable[[str, Sequence[str]], NotebookPage]:
+    """A function that makes a notebook of a name and cells; whoever opens it closes it."""
+    return functools.partial(NotebookPage, browser, jupyter)
 
 
 @pytest.fixture

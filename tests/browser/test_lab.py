@@ -6,16 +6,15 @@ import json
 import re
 
 import pytest
-from conftest import NotebookPage
 
 IMPORTS = "from polrl_widgets import Lab\nfrom polrl.foundations.noise_mask import NoiseMask"
-SMALL = "NoiseMask(width=4, per_class=4, pretrain_epochs=60, finetune_epochs=5)"
+SMALL = "NoiseMask(width=4, per_class=4, pretrain_epochs=30, finetune_epochs=5)"
 
 
 @pytest.fixture(scope="module")
-def notebook(browser, jupyter):
+def notebook(notebook_page):
     """One notebook for all tests here: its kernel imports torch once."""
-    opened = NotebookPage(browser, jupyter, "lab.ipynb", [IMPORTS, f"lab = Lab({SMALL})\nlab"]).open()
+    opened = notebook_page("lab.ipynb", [IMPORTS, f"lab = Lab({SMALL})\nlab"]).open()
     opened.run_cell(0)
     yield opened
     opened.close()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from polrl.core.errors import PolrlError
 from polrl.core.study import Interval, StudyResult
@@ -34,6 +35,7 @@ def start(mode: str) -> str:
     mode = os.environ.get("POLRL_MODE") or mode
     if mode not in MODES:
         raise PolrlError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    pd.set_option("display.max_colwidth", None)  # sentences in tables are shown whole
     if "google.colab" in sys.modules:
         from google.colab import output  # type: ignore[import-not-found]
 

@@ -453,17 +453,19 @@ class Panel {
     }
     this.painted();
     // Plotly draws in a task of its own: the words of this frame are painted before it begins.
-    if (this.queue.size && shelf().plotly && performance.now() >= shelf().freeAt) setTimeout(() => this.drawNext());
-    else if (this.queue.size && shelf().plotly) {
-      clearTimeout(this.resting);
-      this.resting = setTimeout(() => this.wake(), Math.max(LONELY, shelf().freeAt - performance.now()));
-    }
+    if (this.queue.size && shelf().plotly) setTimeout(() => this.drawNext());
+  }
+
+  rest() {
+    clearTimeout(this.resting);
+    this.resting = setTimeout(() => this.wake(), Math.max(LONELY, shelf().freeAt - performance.now()));
   }
 
   // One chart or view; what has waited longest comes first.
   drawNext() {
     const begun = performance.now();
-    if (this.closed || !this.queue.size || begun < shelf().freeAt) return;
+    if (this.closed || !this.queue.size) return;
+    if (begun < shelf().freeAt) return void this.rest(); // another board may just have drawn
     const [figure, draw] = this.queue.entries().next().value;
     this.queue.delete(figure);
     draw();
@@ -471,7 +473,7 @@ class Panel {
     const ended = performance.now();
     shelf().freeAt = ended + Math.min(600, REST * (ended - begun));
     shelf().drawnAt = ended;
-    if (this.queue.size) this.wake();
+    if (this.queue.size) this.rest();
   }
 
   // -- words
