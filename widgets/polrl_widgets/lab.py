@@ -344,6 +344,8 @@ class Lab:
         self._shown = shown
         self._rate.add(now, self._benches[0].run.step)
         frames = {b.track.id: self._frame(b, training, with_views) for b in self._benches}
+        if turned and not training:
+            self._views_due = 0.0  # while paused no step follows that would bring the pictures
         if with_views:
             cost = time.monotonic() - now
             self._views_due = now + max(VIEW_SECONDS, cost / VIEW_SHARE)
