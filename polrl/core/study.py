@@ -24,6 +24,7 @@ from polrl.core.sweep import Job, plain_settings, run_jobs
 from polrl.core.tape import present_versions
 
 Mode = Literal["smoke", "fast", "full"]
+Side = tuple[str | tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,26 @@ class Criterion:
     """One statement that the figures bear out or don't.
 
     For each seed the figure is `plus` less `minus`; the statement counts as shown if the whole 95 % interval
-    of its mean over seeds (Student's t, paired by seed) lies above `above`.
+    of its mean over seeds (Student's t, paired by seed) lies above `above` and, where it is given, below `below`.
 
     Parameters
     ----------
     name : str
     statement : str
         The claim in words.
-    plus, minus : (str, str)
-        Arm and metric; "metric@phase" is the metric at the end of a phase. Without `minus`, zero is taken.
-    above : float
-        In the metric's unit.
+    plus, minus : (str or tuple of str, str)
+        Arm and metric; "metric@phase" is the metric at the end of a phase. Of several arms (the strengths of a
+        sweep) the one with the highest mean over seeds is taken. Without `minus`, zero is taken.
+    above, below : float
+        In the metric's unit; no upper bound if `below` is not given.
     """
 
     name: str
     statement: str
-    plus: tuple[str, str]
-    minus: tuple[str, str] | None = None
+    plus: Side
+    minus: Side | None = None
     above: float = 0.0
+    below: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,17 @@ class Verdict:
     interval: Interval
     above: float
     shown: bool
+    below: float | None = None
+    arms: str = ""
+
+    @property
+    def must_lie(self) -> str:
+        """Where the interval must lie, in words."""
+        return f"above {self.above:g}" if self.below is None else f"between {self.above:g} and {self.below:g}"
 
     def __str__(self) -> str:
         word = "SHOWN" if self.shown else "NOT SHOWN"
-        return f"{word}: {self.statement} ({self.interval}, must lie above {self.above:g}; {len(self.values)} seeds)"
+        return f"{word}: {self.statement} ({self.interval}, must lie {self.must_lie}; {len(self.values)} seeds)"
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class StudyResult:
                     "criterion": v.name,
                     "statement": v.statement,
                     "found": str(v.interval),
-                    "must lie above": v.above,
+                    "must lie": v.must_lie,
                     "verdict": "shown" if v.shown else "not shown",
                 }
                 for v in self.verdicts
@@ -207,8 +217,9 @@ class Study:
     def __post_init__(self) -> None:
         for criterion in self.criteria:
             for side in filter(None, (criterion.plus, criterion.minus)):
-                if side[0] not in self.arms:
-                    raise unknown_name("arm", side[0], self.arms)
+                for arm in _arms(side):
+                    if arm not in self.arms:
+                        raise unknown_name("arm", arm, self.arms)
 
     def jobs(self, mode: Mode) -> list[Job]:
         """Return the trainings of one form of the study."""
@@ -276,15 +287,18 @@ class Study:
         verdicts = []
         for criterion in self.criteria:
             sides = [side for side in (criterion.plus, criterion.minus) if side]
-            if any(arm not in by_arm for arm, _ in sides):
+            if any(arm not in by_arm for side in sides for arm in _arms(side)):
                 continue
-            seeds = sorted(set.intersection(*(set(by_arm[arm]) for arm, _ in sides)))
-            values = [
-                _figure(by_arm, *criterion.plus, seed)
-                - (_figure(by_arm, *criterion.minus, seed) if criterion.minus else 0.0)
-                for seed in seeds
-            ]
+            seeds = sorted(set.intersection(*(set(by_arm[arm]) for side in sides for arm in _arms(side))))
+            (plus, ahead), (minus, behind) = (
+                _best(by_arm, side, seeds) if side else ("", [0.0] * len(seeds))
+                for side in (criterion.plus, criterion.minus)
+            )
+            values = [a - b for a, b in zip(ahead, behind, strict=True)]
             interval = Interval.of(values)
+            shown = interval.low > criterion.above
+            if criterion.below is not None:
+                shown = shown and interval.high < criterion.below
             verdicts.append(
                 Verdict(
                     criterion.name,
@@ -292,10 +306,26 @@ class Study:
                     values,
                     interval,
                     criterion.above,
-                    shown=interval.low > criterion.above,
+                    shown=shown,
+                    below=criterion.below,
+                    arms=" against ".join(filter(None, (plus, minus))),
                 )
             )
         return verdicts
+
+
+def _arms(side: Side) -> tuple[str, ...]:
+    return (side[0],) if isinstance(side[0], str) else side[0]
+
+
+def _best(
+    by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]], side: Side, seeds: Sequence[int]
+) -> tuple[str, list[float]]:
+    """Return the arm of a side with the highest mean, and its figures by seed."""
+    figures = {arm: [_figure(by_arm, arm, side[1], seed) for seed in seeds] for arm in _arms(side)}
+    finite = {arm: values for arm, values in figures.items() if not any(map(math.isnan, values))} or figures
+    arm = max(finite, key=lambda arm: float(np.mean(finite[arm])))
+    return arm, figures[arm]
 
 
 def _figure(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, metric: str, seed: int) -> float:

@@ -135,6 +135,11 @@ class Lines(View):
     ----------
     x : array, [n]
     y : mapping of str to array, [n]
+        NaN where a curve has no value.
+    y_range : (float, float), optional
+        A fixed range, so that the picture does not jump while it runs.
+    log_x, log_y : bool
+        True for logarithmic axes, on which only values above zero are drawn.
     """
 
     x: npt.ArrayLike
@@ -142,6 +147,8 @@ class Lines(View):
     x_label: str = ""
     y_label: str = ""
     y_range: tuple[float, float] | None = None
+    log_x: bool = False
+    log_y: bool = False
 
     def __post_init__(self) -> None:
         x = _array("x", self.x, (1,))

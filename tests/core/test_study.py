@@ -77,6 +77,25 @@ def test_a_verdict_is_the_paired_interval_and_shown_only_if_all_of_it_lies_above
             assert verdict.shown == (known.low > above)
 
 
+def test_a_criterion_with_two_bounds_is_shown_only_between_them():
+    rows = [{"arm": "large", "seed": s, "score": v} for s, v in enumerate((0.9, 1.0, 1.1))]
+    inside, tight = (Criterion("c", "s", plus=("large", "score"), above=0.5, below=b) for b in (1.5, 1.1))
+    assert [v.shown for v in study([inside, tight]).judge(rows)] == [True, False]
+    assert "between 0.5 and 1.5" in str(study([inside]).judge(rows)[0])
+
+
+def test_of_several_arms_the_one_with_the_highest_mean_is_taken():
+    scores = {"small": (1.0, 2.0), "large": (5.0, 0.0), "walk": (1.0, 1.0)}
+    rows = [{"arm": a, "seed": s, "score": v} for a, pair in scores.items() for s, v in enumerate(pair)]
+    criterion = Criterion("c", "s", plus=(("small", "large"), "score"), minus=("walk", "score"))
+    (verdict,) = study([criterion]).judge(rows)
+    assert verdict.values == [4.0, -1.0] and verdict.arms == "large against walk"
+    rows[2]["score"] = math.nan  # an arm that failed is no best arm
+    assert study([criterion]).judge(rows)[0].arms == "small against walk"
+    with pytest.raises(UnknownNameError, match="unknown arm 'larg'"):
+        study([Criterion("c", "s", plus=(("small", "larg"), "score"))])
+
+
 def test_one_seed_shows_nothing():
     (verdict,) = study([LARGER]).judge([{"arm": a, "seed": 0, "score": s} for a, s in (("large", 9.0), ("small", 1.0))])
     assert not verdict.shown and verdict.interval == Interval(8.0, -math.inf, math.inf)

@@ -199,7 +199,7 @@ def encode_view(view: View) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
     for name in ("row_labels", "column_labels", "labels"):
         if hasattr(view, name):
             words[name] = list(getattr(view, name))
-    for name in ("x_label", "y_label", "x_range", "y_range", "low", "high", "diverging"):
+    for name in ("x_label", "y_label", "x_range", "y_range", "low", "high", "diverging", "log_x", "log_y"):
         if hasattr(view, name):
             words[name] = getattr(view, name)
     packed = [np.ascontiguousarray(a, a.dtype if a.dtype == np.uint8 else np.float32) for a in arrays.values()]

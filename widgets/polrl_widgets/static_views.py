@@ -236,6 +236,10 @@ def _draw_histogram(view: Histogram, axes: Axes) -> None:
 def _draw_lines(view: Lines, axes: Axes) -> None:
     for i, (name, line) in enumerate(view.y.items()):
         axes.plot(np.asarray(view.x), np.asarray(line), color=color(i), lw=1.6, label=name)
+    if view.log_x:
+        axes.set_xscale("log")
+    if view.log_y:
+        axes.set_yscale("log")
     _label(axes, view)
     _legend(axes, view.y)
 
