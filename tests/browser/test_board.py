@@ -22,15 +22,15 @@ def frame(first, last, **more):
 board = new_board()
 """
 
-# What plotly holds for a chart: the last x of its first trace and how many points it has.
-CURVE = """n => { const gd = document.querySelectorAll('.polrl-chart .js-plotly-plot')[n];
-                 return gd?.data?.[0] ? [gd.data[0].x.at(-1) ?? null, gd.data[0].x.length] : [null, 0]; }"""
+# What a chart shows: the last x of its first trace and how many points it has.
+CURVE = """n => { const line = document.querySelectorAll('.polrl-chart .polrl-plot')[n]?.figure?.traces[0];
+                 return line ? [line.x.at(-1) ?? null, line.x.length] : [null, 0]; }"""
 
 
 @pytest.fixture
 def lab(open_notebook):
     notebook = open_notebook([SETUP, "board"])
-    notebook.page.wait_for_selector(".polrl-chart .main-svg")
+    notebook.page.wait_for_selector(".polrl-chart canvas")
     return notebook
 
 
@@ -56,7 +56,7 @@ def test_truncate_ghost_marks_and_message(lab) -> None:
     )
     wait_curve(lab, 99)
     lab.page.wait_for_function(
-        "() => document.querySelector('.polrl-chart .js-plotly-plot').data.some(t => t.text?.includes?.('x 1 to 2'))"
+        "() => document.querySelector('.polrl-chart .polrl-plot').figure.traces.some(t => t.text?.includes?.('x 1 to 2'))"
     )
     lab.run_code("board.truncate('run', 50); board.say('the loss is not finite', 'error')")
     assert wait_curve(lab, 50)[1] == 51
@@ -65,21 +65,46 @@ def test_truncate_ghost_marks_and_message(lab) -> None:
     lab.wait_text(".polrl-label", "Second")
     assert lab.page.locator(".polrl-track").count() == 1
     lab.run_code("board.truncate('two'); board.remove_track('run')")
-    lab.page.wait_for_function("() => document.querySelector('.polrl-chart .js-plotly-plot').data.length === 1")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-chart .polrl-plot').figure.traces.length === 1")
     assert lab.errors == []
 
 
-def test_two_boards_fetch_plotly_once(open_notebook) -> None:
+INK = """n => { const canvas = document.querySelectorAll('.polrl-chart canvas')[n];
+               const pixels = new Uint32Array(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+               return new Set(pixels).size; }"""
+
+
+def test_a_chart_has_ink_before_anyone_points_at_it(lab) -> None:
+    lab.run_code("board.frame(frame(0, 400))")
+    wait_curve(lab, 399)
+    lab.page.wait_for_function(f"() => ({INK})(0) > 20")
+    assert lab.page.locator(".js-plotly-plot").count() == 0
+    assert lab.errors == []
+
+
+def test_plotly_takes_over_where_somebody_points_and_hands_back(open_notebook) -> None:
     sizes: list[int] = []
     notebook = open_notebook([SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"], run=False)
     notebook.page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame))))
     notebook.page.reload()
     notebook.wait_kernel()
     notebook.run_all()
-    notebook.page.wait_for_function("() => document.querySelectorAll('.polrl-chart .main-svg').length >= 6")
+    notebook.page.wait_for_function("() => document.querySelectorAll('.polrl-chart canvas').length >= 6")
     notebook.run_code("board.frame(frame(0, 10)); other.frame(frame(0, 20))")
     notebook.page.wait_for_function(f"() => [0, 4].every(n => ({CURVE})(n)[0] === 9)")
     wait_curve(notebook, 19, chart=2)
+    assert sum(size > 1_000_000 for size in sizes) == 0, "plotly comes when it is wanted"
+    for chart in (0, 2):  # of two boards
+        notebook.page.locator(".polrl-chart .polrl-plot").nth(chart).hover()
+        notebook.page.wait_for_selector(f".polrl-chart .js-plotly-plot >> nth={0}")
+        notebook.page.wait_for_function(
+            "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.main-svg')", arg=chart
+        )
+    held = "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.js-plotly-plot')?.data[0].x.at(-1)"
+    notebook.run_code("other.frame(frame(20, 30))")
+    notebook.page.wait_for_function(f"() => ({held})(2) === 29")
+    notebook.page.locator(".polrl-label").first.hover()
+    notebook.page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 0")
     assert sum(size > 1_000_000 for size in sizes) == 1
     assert notebook.errors == []
 
@@ -107,7 +132,7 @@ def test_reload_restores_curves_and_images(lab) -> None:
 
 
 def test_charts_follow_the_theme(lab) -> None:
-    color = "() => document.querySelector('.polrl-chart .js-plotly-plot').layout.font.color"
+    color = "() => document.querySelector('.polrl-chart .polrl-plot').figure.layout.font.color"
     lab.run_code("board.frame(frame(0, 10))")
     wait_curve(lab, 9)
     light = lab.page.evaluate(color)

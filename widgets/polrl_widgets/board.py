@@ -27,7 +27,7 @@ Every method may be called from any thread.
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import gzip
 import importlib.util
 import json
@@ -208,7 +208,7 @@ def encode_view(view: View) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
 
 
 class PlotlyLibrary(anywidget.AnyWidget):
-    """Carries plotly.js to the page, once for all boards of a kernel."""
+    """Carries plotly.js to the page when somebody first points at a chart, once for all boards of the page."""
 
     _esm = STATIC / "library.js"
     code = traitlets.Bytes().tag(sync=True)
@@ -216,24 +216,21 @@ class PlotlyLibrary(anywidget.AnyWidget):
     _shelf_lock = threading.Lock()
 
     @classmethod
-    def ensure(cls, again: bool = False) -> PlotlyLibrary:
-        """Send plotly.js unless it was sent already; `again` where a page says that it never got it."""
+    def send_to_page(cls) -> None:
+        """Send plotly.js to a page that asked for it."""
         with cls._shelf_lock:
-            if cls._shelf is None or cls._shelf.comm is None or again:
-                cls._shelf = cls(code=_PLOTLY.result())
-            return cls._shelf
+            if cls._shelf is not None:
+                cls._shelf.close()  # from before the page was loaded again
+            cls._shelf = cls(code=_compressed_plotly())
 
 
+@functools.cache
 def _compressed_plotly() -> bytes:
     found = importlib.util.find_spec("plotly")
     if found is None or found.origin is None:
-        raise ImportError("the lab draws with plotly, which is not installed: pip install 'polrl[course]'")
+        raise ImportError("zooming needs plotly, which is not installed: pip install 'polrl[course]'")
     source = pathlib.Path(found.origin).parent / "package_data" / "plotly.min.js"
     return gzip.compress(source.read_bytes(), 6)
-
-
-# Compressing takes half a second: it begins while the imports go on, and is done when the first lab opens.
-_PLOTLY = concurrent.futures.ThreadPoolExecutor(1, "polrl-plotly").submit(_compressed_plotly)
 
 
 class Board(anywidget.AnyWidget):
@@ -249,12 +246,11 @@ class Board(anywidget.AnyWidget):
         A curve is thinned to this many points when twice as many have come together.
     """
 
-    _esm = STATIC / "board.js"
+    _esm = "".join((STATIC / name).read_text(encoding="utf-8") for name in ("sketch.js", "board.js"))
     _css = STATIC / "board.css"
 
     def __init__(self, charts: Sequence[Chart], tracks: Sequence[Track] = (), *, max_points: int = 1000) -> None:
         super().__init__()
-        PlotlyLibrary.ensure()
         self.bytes_sent = 0
         self.messages_sent = 0
         self.last_seen: float | None = None
@@ -499,12 +495,12 @@ class Board(anywidget.AnyWidget):
         with self._lock:
             self.last_seen = self._clock()
             if content.get("type") == "hello":
-                if content.get("needs_library"):
-                    PlotlyLibrary.ensure(again=True)
                 self._painted = self.messages_sent
                 self._send_changes(whole=True)
             elif content.get("type") == "painted":
                 self._painted = max(self._painted, min(int(content["n"]), self.messages_sent))
                 self._pump()
+            elif content.get("type") == "library":  # packing it takes half a second: not in the way of the sliders
+                threading.Thread(target=PlotlyLibrary.send_to_page, name="polrl-plotly", daemon=True).start()
         for callback in list(self._events):
             callback(content)

@@ -1,5 +1,5 @@
-// Draws what a Board sends: words and images at once, what plotly draws one after another with rests between, so that
-// drawing takes a fixed share of the processor however many charts there are.
+// Shows what a Board sends. Everything is drawn on canvases by sketch.js, which stands before this file; plotly takes a
+// chart over while somebody points at it, to zoom and to read values, and rests between its drawings.
 const SHELF = Symbol.for("polrl.plotly");
 const REST = 6; // plotly rests this many times as long as it drew
 const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
@@ -8,6 +8,8 @@ const HOLD = 500; // ms that it waits at the most while a slider keeps moving
 const ACK_EVERY = 700; // ms between two messages to the kernel, each of which interrupts the training a little
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
+const POINTED = 150; // ms of pointing until plotly takes over
+const LEFT = 1500; // ms until it hands back
 
 function shelf() {
   if (!globalThis[SHELF]) {
@@ -186,8 +188,6 @@ function baseLayout(theme, words) {
   };
 }
 
-const CONFIG = { displaylogo: false, responsive: false, displayModeBar: "hover" };
-
 // A button of plotly's bar that saves the chart with its title, legend and background.
 function exportButton(plotly, title, theme) {
   const click = (gd) => {
@@ -283,7 +283,9 @@ function ramp(theme, diverging) {
 function viewFigure(view, theme, colors) {
   const layout = baseLayout(theme, view);
   if (view.x_range) layout.xaxis.range = view.x_range;
-  if (view.y_range) layout.yaxis.range = view.y_range;
+  if (view.y_range) layout.yaxis.range = view.log_y ? view.y_range.map(Math.log10) : view.y_range;
+  if (view.log_x) layout.xaxis.type = "log";
+  if (view.log_y) layout.yaxis.type = "log";
   const named = view.data.filter((array) => array.name !== "");
   const color = (i) => colors[i % colors.length];
   const draw = {
@@ -315,7 +317,7 @@ function viewFigure(view, theme, colors) {
       const ticks = (axis, words) => words.length && Object.assign(axis, { tickvals: words.map((_, i) => i), ticktext: words });
       ticks(layout.xaxis, view.column_labels);
       ticks(layout.yaxis, view.row_labels);
-      layout.margin.l = Math.max(layout.margin.l, 10 + 6 * Math.max(0, ...view.row_labels.map((word) => word.length)));
+      layout.margin.l = Math.max(layout.margin.l, 12 + 5.6 * Math.max(0, ...view.row_labels.map((word) => word.length)));
       return [{
         type: "heatmap", z, colorscale: ramp(theme, view.diverging), xgap: rows * columns < 900 ? 1 : 0,
         ygap: rows * columns < 900 ? 1 : 0, zmin: view.low ?? (view.diverging ? -reach : ends[0]),
@@ -328,12 +330,73 @@ function viewFigure(view, theme, colors) {
   return [draw, layout];
 }
 
+// ---------------------------------------------------------------------------------------------- one picture
+
+// A canvas that is always there, and plotly in its place while somebody points at it or has zoomed in.
+class Stage {
+  constructor(body, figure, panel, title) {
+    Object.assign(this, { body, figure, panel, title, zoomed: false, taken: false });
+    body.classList.add("polrl-stage");
+    this.canvas = make("canvas", "", body);
+    this.sketch = new Sketch(this.canvas, panel.theme);
+    figure.quick = true;
+    body.addEventListener("pointerenter", () => this.later(() => this.take(), POINTED));
+    body.addEventListener("pointerleave", () => this.later(() => this.zoomed || this.release(), LEFT));
+  }
+
+  later(act, wait) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(act, wait);
+  }
+
+  draw(traces, layout, finish = () => {}) {
+    this.last = () => this.draw(traces, layout, finish);
+    this.body.figure = { traces, layout }; // what is shown, for tests
+    if (this.taken) {
+      finish(layout);
+      layout.datarevision = this.revision = (this.revision ?? 0) + 1;
+      shelf().plotly.react(this.plot, traces, layout, this.config);
+    } else {
+      this.sketch.theme = this.panel.theme;
+      this.sketch.draw(traces, layout);
+    }
+  }
+
+  async take() {
+    this.panel.fetchPlotly();
+    const plotly = await shelf().ready;
+    if (this.taken || this.panel.closed || !this.last || !this.body.matches(":hover")) return;
+    this.taken = true;
+    this.figure.quick = false;
+    this.plot = make("div", "polrl-plotly", this.body);
+    const bar = [[exportButton(plotly, this.title, () => this.panel.theme)], ["zoom2d", "pan2d", "resetScale2d"]];
+    this.config = { displaylogo: false, responsive: false, displayModeBar: "hover", modeBarButtons: bar };
+    this.last();
+    this.canvas.style.visibility = "hidden";
+    this.plot.on("plotly_relayout", (change) => {
+      this.zoomed = Object.keys(change).some((key) => key.includes(".range")) && !change["xaxis.autorange"];
+    });
+  }
+
+  release() {
+    if (!this.taken) return;
+    shelf().plotly.purge(this.plot);
+    this.plot.remove();
+    this.canvas.style.visibility = "";
+    this.taken = false;
+    this.figure.quick = true;
+    this.last();
+  }
+
+}
+
 // ---------------------------------------------------------------------------------------------- one display
 
 class Panel {
-  constructor(store, el, painted) {
+  constructor(store, el, painted, ask) {
     this.store = store;
     this.painted = painted;
+    this.ask = ask;
     this.el = make("div", "polrl-board", el);
     this.rows = make("div", "polrl-tracks", this.el);
     this.message = make("div", "polrl-message", this.el);
@@ -347,7 +410,6 @@ class Panel {
     this.hidden = new Map(); // the same for what is scrolled out of sight
     this.theme = readTheme(this.el);
     this.watch();
-    shelf().ready.then(() => this.refresh());
     this.refresh();
   }
 
@@ -384,9 +446,20 @@ class Panel {
     for (const observer of [this.sight, this.size, this.colors]) observer.disconnect();
     this.scheme.removeEventListener("change", this.onScheme);
     for (const name of ["keydown", "pointerdown", "pointermove"]) document.removeEventListener(name, this.onMove, true);
-    const { plotly } = shelf();
-    if (plotly) this.el.querySelectorAll(".js-plotly-plot").forEach((gd) => plotly.purge(gd));
+    for (const { stage } of this.stages()) stage.release();
     this.el.remove();
+  }
+
+  *stages() {
+    for (const part of [...this.charts.values(), ...this.boxes.values()]) if (part.stage) yield part;
+  }
+
+  // Plotly comes when it is first wanted: it is large, and takes the page a second to start.
+  fetchPlotly() {
+    const place = shelf();
+    if (place.begun || performance.now() < (place.askedAt ?? -Infinity) + 20_000) return;
+    place.askedAt = performance.now();
+    this.ask();
   }
 
   retheme() {
@@ -453,7 +526,7 @@ class Panel {
     }
     this.painted();
     // Plotly draws in a task of its own: the words of this frame are painted before it begins.
-    if (this.queue.size && shelf().plotly) setTimeout(() => this.drawNext());
+    if (this.queue.size) setTimeout(() => this.drawNext());
   }
 
   rest() {
@@ -545,7 +618,7 @@ class Panel {
       const plot = make("div", "polrl-plot", figure);
       plot.setAttribute("role", "img");
       plot.setAttribute("aria-label", `${spec.title}: ${spec.metrics.join(", ")} by training step`);
-      this.charts.set(spec.id, { spec, figure, plot });
+      this.charts.set(spec.id, { spec, figure, stage: new Stage(plot, figure, this, spec.title) });
       this.sight.observe(figure);
     }
   }
@@ -605,18 +678,15 @@ class Panel {
     return decades < 2.5 || !Number.isFinite(decades) ? "D2" : Math.ceil(decades / 6);
   }
 
-  drawChart(chart) {
-    const { plotly } = shelf();
-    if (!plotly) return;
-    const { spec, plot } = chart;
+  drawChart({ spec, stage }) {
     const layout = baseLayout(this.theme, {});
-    if (spec.log) Object.assign(layout.yaxis, { type: "log", tickformat: "~g", dtick: this.logTicks(spec) });
-    layout.hovermode = "x unified";
     layout.xaxis.rangemode = "tozero";
-    layout.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
-    layout.datarevision = chart.revision = (chart.revision ?? 0) + 1;
-    const buttons = [[exportButton(plotly, spec.title, () => this.theme)], ["zoom2d", "pan2d", "resetScale2d"]];
-    plotly.react(plot, [...this.traces(spec), ...this.markTraces()], layout, (chart.config ??= { ...CONFIG, modeBarButtons: buttons }));
+    if (spec.log) layout.yaxis.type = "log";
+    stage.draw([...this.traces(spec), ...this.markTraces()], layout, () => {
+      if (spec.log) Object.assign(layout.yaxis, { tickformat: "~g", dtick: this.logTicks(spec) });
+      layout.hovermode = "x unified";
+      layout.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
+    });
   }
 
   // -- views
@@ -625,10 +695,11 @@ class Panel {
     if (!this.boxes.has(key)) {
       const figure = make("figure", `polrl-view polrl-view-${cssName(view.name)} polrl-${view.kind.toLowerCase()}`);
       const caption = make("figcaption", "", figure);
-      figure.quick = view.kind === "ImageGrid" || view.kind === "Tokens";
+      figure.quick = true;
       const box = { figure, title: make("span", "polrl-title", caption), owner: make("span", "polrl-unit", caption) };
       box.body = make("div", "polrl-body", figure);
       box.body.setAttribute("role", "img");
+      if (view.kind !== "ImageGrid" && view.kind !== "Tokens") box.stage = new Stage(box.body, figure, this, view.title);
       this.boxes.set(key, box);
       const names = [...new Set([...this.store.views.values()].map((other) => other.name))];
       figure.style.order = names.indexOf(view.name); // the same view of several tracks side by side
@@ -649,8 +720,6 @@ class Panel {
     box.body.setAttribute("aria-label", view.alt);
     if (view.kind === "ImageGrid") return drawImages(box.body, view, this.gallery.clientWidth);
     if (view.kind === "Tokens") return drawTokens(box.body, view);
-    const { plotly } = shelf();
-    if (!plotly) return;
     const palette = this.store.setup.palette.filter((color) => color !== "ink");
     const [traces, layout] = viewFigure(view, this.theme, palette);
     const items = traces.length > 1 ? traces.map(({ name }, i) => ({ name, color: palette[i % palette.length] })) : [];
@@ -658,8 +727,7 @@ class Panel {
       box.legend?.remove();
       box.legend = makeLegend(box.title.parentNode, items);
     }
-    box.config ??= { ...CONFIG, modeBarButtons: [[exportButton(plotly, view.title, () => this.theme)]] };
-    plotly.react(box.body, traces, layout, box.config);
+    box.stage.draw(traces, layout);
   }
 
   // As many columns as fit, with rows of about equal length.
@@ -671,10 +739,9 @@ class Panel {
     this.grid.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
     if (width === this.lastWidth) return;
     this.lastWidth = width;
-    for (const gd of this.el.querySelectorAll(".js-plotly-plot")) shelf().plotly?.Plots.resize(gd);
-    for (const [key, view] of this.store.views) {
-      if (view.kind === "ImageGrid" && this.boxes.has(key)) this.enqueue(this.boxes.get(key).figure, () => this.drawView(key));
-    }
+    for (const { stage } of this.stages()) if (stage.taken) shelf().plotly.Plots.resize(stage.plot);
+    for (const chart of this.charts.values()) this.enqueue(chart.figure, () => this.drawChart(chart));
+    for (const [key, { figure }] of this.boxes) this.enqueue(figure, () => this.drawView(key));
   }
 }
 
@@ -729,11 +796,11 @@ export default () => {
   const store = new Store();
   const panels = new Set();
   const sliders = new SliderNames();
-  let [painted, ackAt, ackTimer] = [0, 0, null];
+  let [told, ackAt, ackTimer] = [0, 0, null];
 
   return {
     initialize({ model }) {
-      const hello = (more) => model.send({ type: "hello", ...more });
+      const hello = () => model.send({ type: "hello" });
       let asked = true;
       model.on("msg:custom", (content, buffers) => {
         const changed = store.take(content, buffers);
@@ -747,18 +814,18 @@ export default () => {
         for (const panel of panels) changed.setup ? panel.refresh() : panel.update(changed);
       });
       hello();
-      setTimeout(() => shelf().plotly || shelf().begun || hello({ needs_library: true }), 5000);
       return () => sliders.close();
     },
 
     render({ model, el }) {
       const tell = () => {
         ackTimer = null;
-        if (store.n <= painted) return;
+        if (store.n <= told) return;
         ackAt = performance.now();
-        model.send({ type: "painted", n: (painted = store.n) });
+        model.send({ type: "painted", n: (told = store.n) });
       };
-      const panel = new Panel(store, el, () => (ackTimer ??= setTimeout(tell, ackAt + ACK_EVERY - performance.now())));
+      const painted = () => (ackTimer ??= setTimeout(tell, ackAt + ACK_EVERY - performance.now()));
+      const panel = new Panel(store, el, painted, () => model.send({ type: "library" }));
       panels.add(panel);
       const timer = setInterval(() => store.setup.sliders.root && sliders.follow(store.setup.sliders), 1000);
       return () => {
