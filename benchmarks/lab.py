@@ -86,7 +86,7 @@ def in_browser(browser, server, seconds: float, moves: int) -> dict[str, object]
     page.wait_for_selector(".polrl-run")
     page.click(".polrl-run")
     page.wait_for_function(
-        """() => document.querySelector('.polrl-chart .main-svg .scatterlayer .trace path')
+        """() => document.querySelector('.polrl-chart-c1 .polrl-plot')?.figure?.traces[0].x.length > 1
                  && Number(document.querySelector('.polrl-step')?.dataset.value) > 1"""
     )
     first = page.evaluate("performance.now() - window.polrlBegun")

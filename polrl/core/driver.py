@@ -72,6 +72,8 @@ class Driver:
         """Train for a number of rounds, or until `pause`."""
         with self._wake:
             self.error = ""
+            for run in self.runs:
+                run.held = False
             self._rounds_left = rounds
             self._wake.notify_all()
 
@@ -171,11 +173,12 @@ class Driver:
 
     def _round(self) -> None:
         with self._guard():
-            for run in list(self.runs):
+            going = [run for run in self.runs if not run.held]
+            for run in going:
                 with torch_threads(run.threads):
                     run.single_step()
             with self._wake:
-                self._rounds_left -= 1
+                self._rounds_left = self._rounds_left - 1 if going else 0
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -104,6 +104,10 @@ class Run:
         self.message = ""
         #: After `replay`: True if all numbers came out alike; None for any other run.
         self.identical: bool | None = None
+        #: True at the end of a tape that was followed: a driver leaves the run alone until it is told to play.
+        self.held = False
+        self._followed: Tape | None = None
+        self._script: dict[int, dict[str, Any]] = {}
         #: The last divergence, until a driver has heeded it.
         self.diverged: DivergedError | None = None
         self._history = History()
@@ -210,6 +214,8 @@ class Run:
         """Do one update, with the upkeep that is due; the training thread's own call."""
         learner = self.learner
         now = time.monotonic()
+        if self._followed is not None and learner.step in self._script:
+            self._set_knobs(self._script[learner.step])
         if now >= self._snapshot_due:
             self._snapshot()
         phase = learner.phase
@@ -229,6 +235,8 @@ class Run:
             self.check()
         if self._folder is not None:
             self._autosave_if_due()
+        if self._followed is not None and step >= self._followed.steps:
+            self._end_of_tape()
 
     def _undo_half_step(self, before: int) -> None:
         self._history.keep_until(before)
@@ -275,6 +283,10 @@ class Run:
         self.post(lambda: self._tune(values)).result()
 
     def _tune(self, values: dict[str, Any]) -> None:
+        self._followed = None  # from here on the run is the person's own
+        self._set_knobs(values)
+
+    def _set_knobs(self, values: dict[str, Any]) -> None:
         config = self.learner.config
         for name, value in values.items():
             if name in config.knobs:
@@ -290,6 +302,45 @@ class Run:
             if name in config.knobs:
                 taken = config._set(name, value)
                 self._tape.record(self.step, name, taken)
+
+    def follow(self, tape: Tape) -> None:
+        """Turn the knobs by themselves from now on, as a tape says; `tune` ends that.
+
+        At the tape's last step `identical` and `message` say whether the numbers came out alike, and `held` is
+        set.
+
+        Raises
+        ------
+        CheckpointError
+            If the run is not at the beginning of that tape: another method or configuration, or not at step 0.
+        """
+        self.post(lambda: self._follow(tape)).result()
+
+    def _follow(self, tape: Tape) -> None:
+        if (tape.method, tape.config) != (self._tape.method, self._tape.config):
+            raise CheckpointError(f"this run of {self._tape.method} did not begin as the tape of {tape.method} says")
+        if self.step or self._tape.changes:
+            raise CheckpointError(f"a tape is followed from step 0, this run is at step {self.step}")
+        self._followed, self._script = tape, {}
+        for change in tape.changes:
+            self._script.setdefault(change.step, {})[change.knob] = change.value
+        if not tape.steps:
+            self._end_of_tape()
+
+    def _end_of_tape(self) -> None:
+        """Compare the numbers with those of the tape that was followed."""
+        assert self._followed is not None
+        tape, self._followed = self._followed, None
+        self._set_knobs(self._script.get(tape.steps, {}))
+        again = self._present_tape()
+        self.identical = again.digest == tape.digest
+        self.held = True
+        if self.identical:
+            self.message = f"replayed {tape.steps} steps: every number came out as on the tape"
+            return
+        differing = sorted(k for k, v in tape.versions.items() if again.versions.get(k) != v)
+        reason = f"these differ: {', '.join(differing)}" if differing else "versions are the same"
+        self.message = f"the replay's numbers differ from the tape's; {reason}"
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate now; the figures also go to `evaluations`."""
@@ -557,7 +608,7 @@ class Run:
             state, notes, tables = store.read()
             tape = Tape.model_validate(notes["tape"])
             with torch_threads(tape.threads):
-                learner = _learner_class(tape.method, method)(**tape.config)
+                learner = learner_class(tape.method, method)(**tape.config)
             run = cls(learner, threads=tape.threads, evaluate_every=notes["evaluate_every"], **options)
             learner.load_state(state)
         except BaseException:
@@ -589,18 +640,13 @@ class Run:
         """
         tape = tape if isinstance(tape, Tape) else Tape.load(tape)
         with torch_threads(tape.threads):
-            learner = _learner_class(tape.method, method)(**tape.config)
+            learner = learner_class(tape.method, method)(**tape.config)
         run = cls(learner, threads=tape.threads, **options)
-        for change in tape.changes:
-            run.advance(change.step - run.step)
-            run.tune(**{change.knob: change.value})
-        run.advance(tape.steps - run.step)
-        again = run.tape
-        run.identical = again.digest == tape.digest
-        if not run.identical:
-            differing = sorted(k for k, v in tape.versions.items() if again.versions.get(k) != v)
-            reason = f"these differ: {', '.join(differing)}" if differing else "versions are the same"
-            run.message = f"the replay's numbers differ from the tape's; {reason}"
+        run.follow(tape)
+        run.advance(tape.steps)
+        run.held = False
+        if run.identical:
+            run.message = ""
         return run
 
 
@@ -608,7 +654,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _learner_class(method: str, given: type[Learner[Any]] | None) -> type[Learner[Any]]:
+def learner_class(method: str, given: type[Learner[Any]] | None) -> type[Learner[Any]]:
     """Find the class of a saved method, or check the one that was given."""
     if given is not None:
         if given.slug() != method:

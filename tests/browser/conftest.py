@@ -205,6 +205,17 @@ class NotebookPage:
         )
         return self
 
+    def wait_lab(self) -> NotebookPage:
+        """Wait until a lab is on the page; where none comes, say what the notebook shows instead."""
+        from playwright.sync_api import TimeoutError as Late
+
+        try:
+            self.page.wait_for_selector(".polrl-lab .polrl-chart canvas")
+        except Late:
+            shown = [cell.inner_text() for cell in self.page.locator(".jp-CodeCell").all()]
+            raise AssertionError(f"no lab came; the cells show {shown}, the console says {self.errors}") from None
+        return self
+
     def read(self, expression: str) -> str:
         """Return what the kernel says an expression is."""
         return self.run_code(f"print({expression})")

@@ -25,7 +25,7 @@ def lab(notebook):
     """A lab of its own: the cell is run again, which closes the one before."""
     notebook.errors.clear()
     notebook.run_cell(1)
-    notebook.page.wait_for_selector(".polrl-lab .polrl-chart .main-svg")
+    notebook.wait_lab()
     notebook.wait_text(".polrl-step", "0")
     return notebook
 
@@ -193,6 +193,156 @@ def test_running_the_cell_again_leaves_one_training_thread(lab):
     lab.page.click(".polrl-run")
     wait_steps(lab, 3)
     lab.run_cell(1)
-    lab.page.wait_for_selector(".polrl-lab .polrl-chart .main-svg")
+    lab.wait_lab()
     count = "import threading; print(sum(t.name == 'polrl-training' for t in threading.enumerate()))"
     assert lab.run_code(count) == "1"
+
+
+def type_value(notebook, knob: str, value: str, which: int = 0) -> None:
+    box = notebook.page.locator(f".polrl-value-{knob} input").nth(which)
+    box.fill(value)
+    box.press("Enter")
+
+
+def unfold(notebook, title: str) -> None:
+    """Open one of the folded panels below the sliders."""
+    head = notebook.page.locator(".polrl-tools [class*=Collapse-header]", has_text=title)
+    head.scroll_into_view_if_needed()
+    head.click()
+
+
+def test_a_knob_moved_while_paused_redraws_the_views(lab):
+    lab.page.wait_for_selector(".polrl-view-mask canvas")
+    masked = """() => { const c = document.querySelector('.polrl-view-mask canvas');
+        return c.getContext('2d').getImageData(0, 2 * (c.height + 1) / 3, c.width, c.height / 3).data.join(); }"""
+    before = lab.page.evaluate(masked)
+    type_value(lab, "mask_strength", "0")
+    lab.page.wait_for_function(f"before => ({masked})() !== before", arg=before)
+    assert lab.read("lab.run.step") == "0"
+
+
+def test_the_timeline_goes_back_and_leaves_a_ghost_in_sight(lab):
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    slider = lab.page.locator(".polrl-timeline input")
+    box = slider.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    lab.page.mouse.move(box["x"] + box["width"] - 5, middle)
+    lab.page.mouse.down()
+    lab.page.mouse.move(box["x"] + 0.5 * box["width"], middle, steps=5)
+    assert "to step" in lab.text(".polrl-timeline output")
+    lab.page.mouse.up()
+    lab.page.wait_for_function("() => Number(document.querySelector('.polrl-step').dataset.value) < 70")
+    assert 30 < int(lab.read("lab.run.step")) < 70
+    shown = "() => document.querySelectorAll('.polrl-chart .polrl-plot')[1].figure.traces.map(t => t.x.at(-1) ?? 0)"
+    lab.page.wait_for_function(f"() => ({shown})()[0] === 100")  # the ghost is drawn first, below the others
+    assert lab.errors == []
+
+
+def test_a_tape_is_saved_listed_and_replayed_exactly(lab):
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-step", "1")
+    type_value(lab, "mask_strength", "0.5")
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 101)
+    unfold(lab, "tape")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-tape').textContent.includes('mask_strength')")
+    lab.page.click(".polrl-tape-save")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('the tape is in')")
+    lab.page.click(".polrl-tape-replay")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('every number')")
+    assert lab.read("lab.runs[1].identical, lab.runs[1].step, lab.runs[1].learner.config.mask_strength") == (
+        "True 101 0.5"
+    )
+    lab.page.click(".polrl-copy-config")
+    code = lab.page.locator(".polrl-tape-code textarea")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-tape-code textarea').value !== ''")
+    assert "mask_strength=0.5" in code.input_value() and code.input_value().startswith("NoiseMask(")
+    lab.page.click(".polrl-copy-tape")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-tape-code textarea').value.includes('run.tune')")
+    assert lab.errors == []
+
+
+def test_paper_values_and_defaults_are_one_click_away(lab):
+    lab.page.click(".polrl-paper-values")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-applied-classifier_lr", "0.1")
+    assert lab.text(".polrl-applied-finetune_lr") == "0.001"
+    lab.page.click(".polrl-defaults")
+    lab.page.click(".polrl-step1")
+    lab.wait_text(".polrl-applied-classifier_lr", "0.05")
+
+
+def test_an_arm_of_the_study_trains_beside_the_run_until_it_is_switched_off(lab):
+    unfold(lab, "baselines")
+    lab.page.locator(".polrl-arm-clean input").check()
+    lab.page.wait_for_function("() => document.querySelectorAll('.polrl-track').length === 2")
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    assert lab.read("[r.learner.config.mask_strength for r in lab.runs], lab.runs[1].learner.config.width") == (
+        "[1.0, 0.0] 4"
+    )
+    lab.page.locator(".polrl-arm-clean input").uncheck()
+    lab.page.wait_for_function("() => document.querySelectorAll('.polrl-track').length === 1")
+    assert lab.read("len(lab.runs), len(lab.driver.runs)") == "1 1"
+    assert lab.errors == []
+
+
+def test_pictures_can_be_left_out_and_come_back(lab):
+    lab.page.wait_for_selector(".polrl-view-mask canvas")
+    charts = lab.page.locator(".polrl-chart").count()
+    unfold(lab, "pictures")
+    for box in ("c0", "mask"):
+        lab.page.locator(f".polrl-show-{box} input").uncheck()
+    lab.page.wait_for_function("() => !document.querySelector('.polrl-view-mask')")
+    assert lab.page.locator(".polrl-chart").count() == charts - 1
+    for box in ("c0", "mask"):
+        lab.page.locator(f".polrl-show-{box} input").check()
+    lab.page.wait_for_selector(".polrl-view-mask canvas")
+    assert lab.page.locator(".polrl-chart").count() == charts
+    assert lab.errors == []
+
+
+def test_curves_can_be_taken_away_as_csv_and_png(lab, tmp_path):
+    lab.page.click(".polrl-step100")
+    wait_steps(lab, 100)
+    unfold(lab, "save")
+    with lab.page.expect_download() as csv:
+        lab.page.click(".polrl-csv")
+    lines = open(csv.value.path()).read().splitlines()
+    assert lines[0].startswith("run,step,phase,") and "cross_entropy" in lines[0]
+    assert csv.value.suggested_filename == "noise_mask.csv" and lines[-1].startswith("NoiseMask,100,")
+    with lab.page.expect_download() as png:
+        lab.page.click(".polrl-png")
+    assert open(png.value.path(), "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_fork_can_be_taken_off_the_table_and_the_last_run_can_not(lab):
+    lab.page.click(".polrl-fork")
+    lab.page.wait_for_function("() => document.querySelectorAll('.polrl-remove').length === 2")
+    lab.page.locator(".polrl-remove").nth(1).click()
+    lab.page.wait_for_function("() => document.querySelectorAll('.polrl-track').length === 1")
+    lab.page.click(".polrl-remove")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('only run')")
+
+
+def test_a_thousand_moves_in_ten_seconds_lose_no_last_value_and_raise_nothing(lab):
+    lab.page.click(".polrl-run")
+    wait_steps(lab, 3)
+    slider = lab.page.locator(".polrl-knob-mask_strength .noUi-target").first
+    track = slider.bounding_box()
+    handle = lab.page.locator(".polrl-knob-mask_strength .noUi-handle").first.bounding_box()
+    middle = handle["y"] + handle["height"] / 2
+    lab.page.mouse.move(handle["x"] + handle["width"] / 2, middle)
+    lab.page.mouse.down()
+    for share in (0.0, 1.0, 0.1, 0.9, 0.37):
+        lab.page.mouse.move(track["x"] + share * track["width"], middle, steps=200)
+    lab.page.mouse.up()
+    lab.page.wait_for_function(
+        """() => { const shown = document.querySelector('.polrl-value-mask_strength input').value;
+                   return Math.abs(shown - 0.37) < 0.02
+                       && document.querySelector('.polrl-applied-mask_strength').textContent === shown; }"""
+    )
+    lab.page.click(".polrl-pause")
+    assert lab.read("lab.driver.error == '', abs(lab.run.learner.config.mask_strength - 0.37) < 0.02") == "True True"
+    assert lab.errors == []

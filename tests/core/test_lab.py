@@ -168,7 +168,7 @@ def test_a_run_can_be_put_on_the_table(monkeypatch):
 def test_a_lab_without_a_method_and_an_unknown_mode_are_refused():
     with pytest.raises(PolrlError, match="needs a method"):
         Lab()
-    with pytest.raises(PolrlError, match="'live' or 'static', got 'moving'"):
+    with pytest.raises(PolrlError, match="'live', 'plain' or 'static', got 'moving'"):
         Lab(Tiny(), mode="moving")
 
 

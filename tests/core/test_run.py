@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import Phased, Tiny, run_of, same
+from tiny import Counted, Phased, Tiny, run_of, same
 from torch import nn
 
 import polrl
@@ -642,3 +642,67 @@ def test_a_replay_goes_through_what_a_rewind_left():
     run.advance(5)
     again = Run.replay(run.tape, Tiny, autosave=0)
     assert again.identical and same(run, again)
+
+
+# ---- following a tape ----------------------------------------------------------------------------------------------------
+
+
+def tuned_run(steps=12):
+    run = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    run.tune(gain=1.5)
+    run.advance(5)
+    run.tune(gain=2.0)
+    run.advance(steps - 5)
+    run.tune(gain=0.5)  # after the last step
+    return run
+
+
+def test_a_run_that_follows_a_tape_turns_the_knobs_itself_and_is_held_at_its_end():
+    tape = tuned_run().tape
+    run = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    run.follow(tape)
+    run.advance(5)
+    assert run.learner.config.gain == 1.5 and not run.held and run.identical is None
+    run.advance(1)
+    assert run.learner.config.gain == 2.0
+    run.advance(6)
+    assert run.held and run.identical and "every number" in run.message
+    assert run.learner.config.gain == 0.5 and run.tape == tape
+
+
+def test_a_hand_on_a_knob_ends_the_following():
+    run = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    run.follow(tuned_run().tape)
+    run.advance(2)
+    run.tune(gain=3.0)
+    run.advance(20)
+    assert run.learner.config.gain == 3.0 and not run.held and run.identical is None
+
+
+def test_a_followed_tape_whose_numbers_differ_is_told():
+    tape = tuned_run().tape.model_copy(update={"digest": "0" * 64})
+    run = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    run.follow(tape)
+    run.advance(12)
+    assert run.identical is False and "differ" in run.message
+
+
+def test_only_the_same_beginning_can_follow_a_tape():
+    tape = tuned_run().tape
+    other = Run(Counted(gain=1.0, seed=3, device="cpu"), threads=1)
+    with pytest.raises(CheckpointError, match="did not begin as the tape"):
+        other.follow(tape)
+    late = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    late.advance(1)
+    with pytest.raises(CheckpointError, match="from step 0, this run is at step 1"):
+        late.follow(tape)
+
+
+def test_rewinding_while_following_goes_on_following():
+    tape = tuned_run().tape
+    run = Run(Counted(gain=1.0, device="cpu"), threads=1)
+    run.follow(tape)
+    run.advance(9)
+    run.rewind(3)
+    run.advance(9)
+    assert run.identical and run.tape.digest == tape.digest

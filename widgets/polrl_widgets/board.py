@@ -34,8 +34,8 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import anywidget
@@ -244,13 +244,24 @@ class Board(anywidget.AnyWidget):
         The runs to begin with.
     max_points : int
         A curve is thinned to this many points when twice as many have come together.
+    timeline : bool
+        True for a slider over the steps, which tells {"type": "rewind", "step": 40} when it is let go.
     """
 
     _esm = "".join((STATIC / name).read_text(encoding="utf-8") for name in ("sketch.js", "board.js"))
     _css = STATIC / "board.css"
 
-    def __init__(self, charts: Sequence[Chart], tracks: Sequence[Track] = (), *, max_points: int = 1000) -> None:
+    def __init__(
+        self,
+        charts: Sequence[Chart],
+        tracks: Sequence[Track] = (),
+        *,
+        max_points: int = 1000,
+        timeline: bool = False,
+    ) -> None:
         super().__init__()
+        self._timeline = timeline
+        self._hidden: set[str] = set()
         self.bytes_sent = 0
         self.messages_sent = 0
         self.last_seen: float | None = None
@@ -304,6 +315,8 @@ class Board(anywidget.AnyWidget):
                 for metric in self._metrics & frame.points.keys():
                     self._curve(track_id, metric).add(*frame.points[metric])
                 for name, view in frame.views.items():
+                    if name in self._hidden:
+                        continue
                     self._views[track_id, name] = view
                     self._new_views.add((track_id, name))
             if message is not None:
@@ -325,6 +338,24 @@ class Board(anywidget.AnyWidget):
                 self._marks.remove(alike[0])
             self._new_marks = [*self._new_marks, mark][-3 * MAX_MARKS :]
             self._pump()
+
+    @property
+    def charts(self) -> list[Chart]:
+        """The charts, those that are hidden included."""
+        return list(self._charts)
+
+    def add_charts(self, charts: Sequence[Chart]) -> None:
+        """Show more charts; one of a title that is there already adds its metrics to it."""
+        with self._lock:
+            for new in charts:
+                places = {chart.title: place for place, chart in enumerate(self._charts)}
+                if (place := places.get(new.title)) is None:
+                    self._charts.append(replace(new, id=f"c{len(self._charts)}"))
+                else:
+                    metrics = tuple(dict.fromkeys((*self._charts[place].metrics, *new.metrics)))
+                    self._charts[place] = replace(self._charts[place], metrics=metrics)
+            self._metrics = {metric for chart in self._charts for metric in chart.metrics}
+            self._setup_changed()
 
     def add_track(self, track: Track, parent: str | None = None) -> None:
         """Show one more run; a fork begins with the curves, marks and words of its `parent`."""
@@ -369,6 +400,22 @@ class Board(anywidget.AnyWidget):
             self._marks = [m for m in self._marks if m["track"] != track_id or m["step"] <= step]
             self._setup_changed()
 
+    def hide(self, names: Collection[str]) -> None:
+        """Leave these charts (by id) and views (by name) out; their curves are kept up to date."""
+        with self._lock:
+            self._hidden = set(names)
+            self._views = {key: view for key, view in self._views.items() if key[1] not in self._hidden}
+            self._new_views &= self._views.keys()
+            self._setup_changed()
+
+    def download(self, name: str, data: bytes, mime: str) -> None:
+        """Let the page save a file."""
+        self.send({"act": "download", "name": name, "mime": mime}, [data])
+
+    def copy_text(self, text: str) -> None:
+        """Put a text on the clipboard, where the page may."""
+        self.send({"act": "copy", "text": text})
+
     def name_sliders(self, root: str, names: Mapping[str, str]) -> None:
         """Give the sliders below the element of class `root` accessible names, by their CSS class."""
         with self._lock:
@@ -376,7 +423,12 @@ class Board(anywidget.AnyWidget):
             self._setup_changed()
 
     def on_event(self, callback: Callable[[dict[str, Any]], None]) -> None:
-        """Call `callback` with what the page tells: {"type": "hello"} or {"type": "painted", "n": 12}."""
+        """Call `callback` with what the page tells.
+
+        {"type": "hello"}, {"type": "painted", "n": 12}, {"type": "alive"} of a hidden page, {"type": "gone"} and
+        {"type": "back"} where the board was taken off the page and put there, {"type": "rewind", "step": 40} of
+        the timeline.
+        """
         self._events.append(callback)
 
     def flush(self) -> None:
@@ -464,7 +516,9 @@ class Board(anywidget.AnyWidget):
         setup = whole or "setup" in self._changed
         if setup:
             content["setup"] = {
-                "charts": [asdict(chart) for chart in self._charts],
+                "charts": [asdict(chart) for chart in self._charts if chart.id not in self._hidden],
+                "hidden": sorted(self._hidden),
+                "timeline": self._timeline,
                 "tracks": [asdict(track) for track in self._tracks.values()],
                 "marks": self._marks,
                 "sliders": self._sliders,

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import threading
+import re
 import time
 import uuid
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
 from polrl.core.driver import Driver
-from polrl.core.errors import PolrlError
+from polrl.core.errors import PolrlError, unknown_name
 from polrl.core.learner import Learner
-from polrl.core.run import Run
+from polrl.core.run import Run, learner_class
 from polrl.core.store import new_run_folder
-from polrl.core.tape import Change
+from polrl.core.tape import Tape
 
-from .board import Board, Chart, Track, TrackFrame
+from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
+from .board import Board, Track, TrackFrame
 from .controls import KnobControl, StructurePanel, format_value
-from .still import still_picture
+from .lifecycle import opened
+from .panels import ChoicePanel, TapePanel, arms_of, button
+from .still import curves_csv, curves_png, page_png, still_picture
 
 VIEW_SHARE = 1 / 60  # of the training thread's time, for drawing views
 VIEW_SECONDS = 0.25  # between two redraws of the views at the least
-UNSEEN_SECONDS = 30.0  # training pauses when no page has painted for so long
+UNSEEN_SECONDS = 75.0  # training pauses when no page has been heard of for so long
+GONE_SECONDS = 3.0  # and so long after the lab was taken off its page
+PLAIN_SECONDS = 8.0  # until the lab draws plain pictures, where the page runs no custom widget
+PLAIN_EVERY = 1.5  # between two of them
+TAPE_SECONDS = 1.0  # between two looks at the tape
+MAX_GHOSTS = 4  # abandoned branches of one run that stay in sight
 SETTLED_SECONDS = 0.4  # a knob that has not moved for so long gets its mark
 SPEEDS = {"full speed": 0.0, "30 a second": 30.0, "10 a second": 10.0, "2 a second": 2.0}
-
-_OPEN: dict[str, weakref.ref[Lab]] = {}
 
 
 def front_end() -> str:
@@ -50,24 +56,6 @@ def front_end() -> str:
     return "live" if kernel is not None and getattr(kernel, "_allow_stdin", False) else "static"
 
 
-@dataclass
-class _Bench:
-    """One run on the table: its track on the board, its controls, and how much of it was drawn."""
-
-    run: Run
-    track: Track
-    controls: dict[str, KnobControl]
-    panel: widgets.VBox
-    rows: list[int] = field(default_factory=lambda: [0, 0])
-    ghosts: int = 0
-    marks: int = 0
-    changes: int = 0
-    turned: int = 0
-    moving: dict[str, tuple[float, Change]] = field(default_factory=dict)
-    applied: dict[str, str] = field(default_factory=dict)
-    applied_step: int = 0
-
-
 class Lab:
     """Let a method train in the background while its knobs are moved.
 
@@ -77,8 +65,9 @@ class Lab:
         What to put on the table; several share the axes, each with its own sliders.
     steps : int
         Updates of the static form.
-    mode : {"live", "static"}, optional
-        "static" trains `steps` updates and leaves a picture; found out from the front end if not given.
+    mode : {"live", "plain", "static"}, optional
+        "static" trains `steps` updates and leaves a picture; "plain" is live without custom widgets, with
+        pictures instead of moving charts. Found out from the front end if not given.
     play : bool
         Begin training at once, in the live form.
 
@@ -102,12 +91,13 @@ class Lab:
     ) -> None:
         if not methods:
             raise PolrlError("a lab needs a method, such as Lab(NoiseMask())")
-        if mode not in (None, "live", "static"):
-            raise PolrlError(f"mode must be 'live' or 'static', got {mode!r}")
+        if mode not in (None, "live", "plain", "static"):
+            raise PolrlError(f"mode must be 'live', 'plain' or 'static', got {mode!r}")
         self.mode = mode or front_end()
+        self._displayed = 0.0  # when; time.monotonic
         # One core stays with the kernel and the browser.
         threads = max(1, (os.cpu_count() or 2) - 1)
-        self.runs = [_as_run(method, threads, saved=self.mode == "live") for method in methods]
+        self.runs = [as_run(method, threads, saved=self.mode != "static") for method in methods]
         if self.mode == "static":
             self._picture = still_picture(self.runs, steps)
         else:
@@ -124,62 +114,82 @@ class Lab:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
+        if self.mode != "static":
+            self._displayed = self._displayed or time.monotonic()
         display(self._picture if self.mode == "static" else self.widget)
 
     # ---- the live form ---------------------------------------------------------------------------------------
 
     def _begin(self, play: bool) -> None:
         self.id = uuid.uuid4().hex[:8]
-        self._take_the_cell()
-        self._views_due = 0.0
-        self._rate = _Rate()
+        opened(self)
+        self._views_due = self._tape_due = self._plain_due = 0.0
+        self._gone_since: float | None = None
+        self._plain_state: tuple[Any, ...] = ()
+        self._rate = Rate()
         self._shown: tuple[Any, ...] = ()
         self._notice = ""
-        self._lock = threading.RLock()
-        tracks = [Track(f"t{i}", _label(run), color=i) for i, run in enumerate(self.runs)]
-        self.board = Board(_charts(self.runs), tracks)
+        self._track_numbers = itertools.count(len(self.runs))
+        tracks = [Track(f"t{i}", label, color=i) for i, label in enumerate(run_labels(self.runs))]
+        self.board = Board(charts_of(self.runs), tracks, timeline=True)
         self.board.on_event(self._heard)
         self._benches = [self._bench(run, track) for run, track in zip(self.runs, tracks, strict=True)]
-        self._tracks_made = len(tracks)
         self.driver = Driver(self.runs)
         self.driver.on_tick = self._tick
         for run in self.runs:
             run.post(run._evaluate)  # the curves begin at the beginning
-        self._seats = widgets.VBox([bench.panel for bench in self._benches])
-        beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
-        left = widgets.VBox([self._transport(), self._seats], layout=beside).add_class("polrl-controls")
-        self.widget = widgets.HBox([left, self.board]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
-        self.board.name_sliders(f"polrl-lab-{self.id}", self._accessible_names())
+        self._lay_out()
         if play:
             self.driver.play()
 
-    def _take_the_cell(self) -> None:
-        """Close the lab that an earlier run of this cell left."""
-        from IPython import get_ipython
+    def _lay_out(self) -> None:
+        self._seats = widgets.VBox([bench.panel for bench in self._benches])
+        beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
+        left = widgets.VBox([self._transport(), self._seats, self._tools()], layout=beside).add_class("polrl-controls")
+        self._plain_words = widgets.HTML()
+        self._plain_picture = widgets.Image(format="png")
+        hidden = widgets.Layout(display="" if self.mode == "plain" else "none", min_width="0")
+        self._plain = widgets.VBox([self._plain_words, self._plain_picture], layout=hidden).add_class("polrl-plain")
+        right = self._plain if self.mode == "plain" else widgets.VBox([self.board, self._plain])
+        right.layout.flex, right.layout.min_width = "1 1 0", "0"
+        self.widget = widgets.HBox([left, right]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
+        self._name_sliders()
 
-        shell = get_ipython()
-        parent = shell.get_parent() if shell is not None and hasattr(shell, "get_parent") else {}
-        cell = parent.get("metadata", {}).get("cellId")
-        if cell is None:
-            return
-        former = _OPEN.pop(cell, lambda: None)()
-        if former is not None:
-            former.close()
-        _OPEN[cell] = weakref.ref(self)
-
-    def _bench(self, run: Run, track: Track) -> _Bench:
+    def _bench(self, run: Run, track: Track) -> Bench:
         controls: dict[str, KnobControl] = {}
-        bench = _Bench(run, track, controls, widgets.VBox())
-        for knob in run.learner.config.knobs.values():
-            controls[knob.name] = KnobControl(knob, run.learner.config, self._mover(bench))
-        structure = StructurePanel(run.learner.config, lambda values: self._start_again(bench, values))
-        heading = widgets.HTML(f'<b class="polrl-heading">{track.label}</b>')
-        bench.panel.children = (heading, *(c.widget for c in controls.values()), structure.widget)
+        bench = Bench(run, track, controls, widgets.VBox())
+        config = run.learner.config
+        for knob in config.knobs.values():
+            controls[knob.name] = KnobControl(knob, config, self._mover(bench))
+        structure = StructurePanel(config, lambda values: self._start_again(bench, values))
+        bench.panel.children = (self._heading(bench), *(c.widget for c in controls.values()), structure.widget)
         bench.panel.add_class("polrl-bench").add_class(f"polrl-bench-{track.id}")
-        bench.applied = {name: format_value(getattr(run.learner.config, name)) for name in controls}
+        bench.applied = {name: format_value(getattr(config, name)) for name in controls}
         return bench
 
-    def _mover(self, bench: _Bench) -> Callable[[str, Any], None]:
+    def _heading(self, bench: Bench) -> widgets.HBox:
+        words = widgets.HTML(
+            f'<b class="polrl-heading">{bench.track.label}</b>', layout=widgets.Layout(flex="1 1 auto")
+        )
+        config = bench.run.learner.config
+
+        def small(name: str, text: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
+            made = button(name, text, "", tooltip, lambda: self._carefully(act))
+            made.layout.flex, made.layout.height = "0 0 auto", "24px"
+            return made
+
+        defaults = {name: knob.default for name, knob in config.knobs.items()}
+        buttons = [small("defaults", "defaults", "all knobs at their defaults", lambda: self._turn(bench, defaults))]
+        if paper := config.paper_values():
+            listed = ", ".join(f"{name} = {format_value(value)}" for name, value in paper.items())
+            turn = small(
+                "paper-values", "paper values", f"as in the paper: {listed}", lambda: self.paper_values(bench.run)
+            )
+            buttons.append(turn)
+        buttons.append(small("remove", "×", "take this run off the table", lambda: self.remove(bench.run)))
+        return widgets.HBox([words, *buttons], layout=widgets.Layout(align_items="center"))
+
+    def _mover(self, bench: Bench) -> Callable[[str, Any], None]:
         def moved(name: str, value: Any) -> None:
             bench.run.evaluate_after = time.monotonic() + SETTLED_SECONDS
             future = bench.run.post(lambda: bench.run._tune({name: value}))
@@ -192,60 +202,112 @@ class Lab:
         if error is not None:
             self.board.say(str(error), "warning")
 
+    def _turn(self, bench: Bench, values: dict[str, Any]) -> None:
+        """Turn several knobs at once, and let the sliders show it."""
+        bench.run.post(lambda: bench.run._tune(values)).add_done_callback(lambda done: self._refused(done.exception()))
+        self.driver.nudge()
+        for name, value in values.items():
+            bench.controls[name].show(value)
+
     def _transport(self) -> widgets.VBox:
-        def button(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
-            layout = widgets.Layout(flex="1 1 0", width="auto", min_width="0", padding="0 4px")
-            made = widgets.Button(description=words, icon=icon, tooltip=tooltip, layout=layout)
-            made.add_class(f"polrl-{name}")
-            made.on_click(lambda _: self._carefully(act))
-            return made
+        def made(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> Any:
+            return button(name, words, icon, tooltip, lambda: self._carefully(act))
 
         first = [
-            button("run", "run", "play", "train until paused", self.play),
-            button("pause", "pause", "pause", "stop after the present update", self.pause),
-            button("step1", "step", "step-forward", "do one update", lambda: self.play(1)),
-            button("step100", "100", "fast-forward", "do a hundred updates", lambda: self.play(100)),
+            made("run", "run", "play", "train until paused", self.play),
+            made("pause", "pause", "pause", "stop after the present update", self.pause),
+            made("step1", "step", "step-forward", "do one update", lambda: self.play(1)),
+            made("step100", "100", "fast-forward", "do a hundred updates", lambda: self.play(100)),
         ]
         self._rewind_to = widgets.IntText(value=0, layout=widgets.Layout(width="74px"))
         self._rewind_to.add_class("polrl-rewind-step")
         second = [
-            button("reset", "reset", "fast-backward", "begin anew with the present knobs", self.reset),
-            button("fork", "fork", "code-branch", "split the first run in two", self.fork),
-            button("rewind", "rewind", "history", "go back to an earlier step", lambda: self.rewind()),
-            self._rewind_to,
+            made("fork", "fork", "code-branch", "split the first run in two", self.fork),
+            made("reset", "reset", "fast-backward", "begin anew with the present knobs", self.reset),
         ]
         speed = widgets.Dropdown(
-            options=SPEEDS, tooltip="updates per second at the most", layout=widgets.Layout(width="auto")
+            options=SPEEDS, tooltip="updates per second at the most", layout=widgets.Layout(flex="1 1 0", width="auto")
         ).add_class("polrl-speed")
         speed.observe(lambda change: setattr(self.driver, "speed_limit", change["new"]), "value")
-        rows = [widgets.HBox(first), widgets.HBox(second), speed]
-        return widgets.VBox(rows).add_class("polrl-transport")
+        back = made("rewind", "rewind to", "history", "go back to this step", lambda: self.rewind())
+        third = [back, self._rewind_to]
+        return widgets.VBox([widgets.HBox(row) for row in (first, [*second, speed], third)]).add_class(
+            "polrl-transport"
+        )
 
-    def _accessible_names(self) -> dict[str, str]:
+    def _tools(self) -> widgets.Accordion:
+        def careful(act: Callable[..., Any]) -> Callable[..., Any]:
+            def acted(*words: Any) -> Any:
+                return self._carefully(lambda: act(*words))
+
+            return acted
+
+        acts: dict[str, Callable[..., Any]] = {"save": self.save_tape, "load": self.load_tape, "replay": self.replay}
+        acts |= {"config": self.copy_config, "code": self.copy_tape}
+        self._tape_panel = TapePanel({n: careful(act) for n, act in acts.items()}, f"{slug_of(self.run)}.tape.json")
+        charts = {chart.id: chart.title for chart in self.board.charts}
+        views = {name: view.title for run in self.runs for name, view in views_of(run).items()}
+        self._pictures = ChoicePanel({**charts, **views}, True, lambda *_: self._choose_pictures(), "show")
+        self._arms = arms_of(run.learner for run in self.runs)
+        shown = {name: name for name in self._arms}
+        self._arm_boxes = ChoicePanel(shown, False, lambda name, on: self._carefully(lambda: self.arm(name, on)), "arm")
+        save = [
+            button("csv", "curves as CSV", "table", "all numbers of all runs", lambda: self._carefully(self._send_csv)),
+            button("png", "curves as PNG", "image", "the charts as a picture", lambda: self._carefully(self._send_png)),
+        ]
+        panels = {
+            "tape: what was changed when": self._tape_panel.widget,
+            "pictures: which to show": self._pictures.widget,
+            "baselines: arms of the study": self._arm_boxes.widget,
+            "save: curves as a file": widgets.HBox(save),
+        }
+        if not self._arms:
+            del panels["baselines: arms of the study"]
+        folded = widgets.Accordion(list(panels.values()), titles=tuple(panels), selected_index=None)
+        return folded.add_class("polrl-tools")
+
+    def _name_sliders(self) -> None:
         names = {}
         for bench in self._benches:
             for name, control in bench.controls.items():
                 names[f"polrl-knob-{name}"] = control.describe()
                 names[f"polrl-value-{name}"] = f"{name}, type a value"
-        return names | {"polrl-rewind-step": "step to rewind to", "polrl-speed": "speed limit"}
+        names |= {"polrl-rewind-step": "step to rewind to", "polrl-speed": "speed limit"}
+        names |= {"polrl-tape-file": "file of the tape", "polrl-tape-code": "code"}
+        self.board.name_sliders(f"polrl-lab-{self.id}", names)
 
-    def _carefully(self, act: Callable[[], Any]) -> None:
+    def _carefully(self, act: Callable[[], Any]) -> Any:
         try:
-            act()
+            return act()
+        except PolrlError as error:
+            self._say(str(error), "warning")
         except Exception as error:
-            self.board.say(f"{type(error).__name__}: {error}", "error")
+            self._say(f"{type(error).__name__}: {error}", "error")
+        return None
+
+    def _say(self, words: str, level: str = "info") -> None:
+        self._notice = words
+        self.board.say(words, level)
 
     # ---- transport -------------------------------------------------------------------------------------------
 
     def play(self, rounds: float = float("inf")) -> None:
         """Train for a number of rounds, or until paused."""
-        self._notice = ""
-        self.board.say("")
+        self._say("")
+        self._gone_since = None
+        for run in self.runs:
+            run.message = "" if run.held else run.message
         self.driver.play(rounds)
 
     def pause(self) -> None:
         """Stop after the present update."""
         self.driver.pause()
+
+    def interrupt(self, words: str) -> None:
+        """Pause and say why."""
+        if self.driver.training:
+            self.driver.pause()
+            self._notice = words
 
     def rewind(self, step: int | None = None) -> None:
         """Take all runs back to a step; what came after stays as a ghost."""
@@ -254,6 +316,7 @@ class Lab:
             bench.run.rewind(min(target, bench.run.step) if target >= 0 else target)
             for name, control in bench.controls.items():
                 control.show(getattr(bench.run.learner.config, name))
+        self._views_due = 0.0
         self.driver.nudge()
 
     def reset(self) -> None:
@@ -261,22 +324,111 @@ class Lab:
         for bench in list(self._benches):
             self._start_again(bench, {})
 
-    def fork(self) -> Run:
-        """Split the first run in two, which go on side by side."""
-        parent = self._benches[0]
+    def fork(self, run: Run | None = None) -> Run:
+        """Split a run (the first if none is named) in two, which go on side by side."""
+        parent = self._bench_of(run or self.run)
         twin = parent.run.fork(new_run_folder(parent.run.tape.method))
-        track = Track(self._new_track_id(), f"{parent.track.label} (fork at {twin.step})", color=len(self._benches))
-        bench = self._bench(twin, track)
-        bench.rows, bench.marks, bench.changes = list(parent.rows), parent.marks, len(twin._tape.changes)
-        bench.applied_step = twin.step
-        self.board.add_track(track, parent=parent.track.id)
-        self.board.mark(track.id, twin.step, "fork", "fork")
-        self.runs.append(twin)
-        self._benches.append(bench)
-        self._seats.children = (*self._seats.children, bench.panel)
-        self.board.name_sliders(f"polrl-lab-{self.id}", self._accessible_names())
-        self.driver.add(twin)
+        label = re.sub(r" \(fork at \d+\)$", "", parent.track.label)
+        bench = self._put(twin, f"{label} (fork at {twin.step})", parent=parent)
+        self.board.mark(bench.track.id, twin.step, "fork", "fork")
         return twin
+
+    def remove(self, run: Run) -> None:
+        """Take a run off the table; it is saved before."""
+        bench = self._bench_of(run)
+        if len([b for b in self._benches if not b.arm]) == 1 and not bench.arm:
+            raise PolrlError("this is the only run on the table; close the lab, or reset it")
+        self.driver.remove(run)
+        run.close()
+        self._benches.remove(bench)
+        self.runs.remove(run)
+        self.board.remove_track(bench.track.id)
+        for ghost in bench.ghost_tracks:
+            self.board.remove_track(ghost)
+        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
+
+    def paper_values(self, run: Run | None = None) -> None:
+        """Set the knobs of a run (the first if none is named) to the paper's values, where they are known."""
+        bench = self._bench_of(run or self.run)
+        self._turn(bench, bench.run.learner.config.paper_values())
+
+    def arm(self, name: str, on: bool = True) -> Run | None:
+        """Let an arm of the study train beside the runs, or take it off again.
+
+        Its structure is that of the first run, but for what makes it that arm.
+        """
+        if name not in self._arms:
+            raise unknown_name("arm", name, self._arms)
+        present = next((b for b in self._benches if b.arm == name), None)
+        if present is not None:
+            if not on:
+                self.remove(present.run)
+            return present.run
+        if not on:
+            return None
+        kind, own = self._arms[name]
+        first = self.run.tape.config
+        begun = {k: v for k, v in first.items() if k in kind.Config.structure() and type(self.run.learner) is kind}
+        learner = kind(**{**begun, "seed": first["seed"], "device": first["device"], **own})
+        run = Run(learner, threads=self.run.threads)
+        self._put(run, name, arm=name)
+        return run
+
+    # ---- tape, code, files -----------------------------------------------------------------------------------
+
+    def save_tape(self, file: str | Path) -> Path:
+        """Write the first run's tape to a file."""
+        path = self.run.tape.save(file)
+        self._say(f"the tape is in {path}")
+        return path
+
+    def load_tape(self, file: str | Path) -> Tape:
+        """Read a tape and list its changes."""
+        tape = Tape.load(file)
+        self._tape_panel.show(str(file), tape.steps, tape.changes)
+        self._tape_due = time.monotonic() + 10.0  # for a while the list shows the file, not the run
+        self._say(f"{file}: {tape.method}, {tape.steps} steps, {len(tape.changes)} changes; replay trains it again")
+        return tape
+
+    def replay(self, tape: Tape | str | Path) -> Run:
+        """Train a tape's run again, beside the others and with its knobs turned as they were."""
+        tape = tape if isinstance(tape, Tape) else Tape.load(tape)
+        learner = learner_class(tape.method, type(self.run.learner) if ":" in tape.method else None)(**tape.config)
+        run = Run(learner, threads=tape.threads, folder=new_run_folder(learner.slug()))
+        run.follow(tape)
+        self._put(run, f"{class_name(run)} (replay)")
+        self.play()
+        return run
+
+    def copy_config(self) -> str:
+        """Return the first run's present settings as a line of Python, also on the clipboard."""
+        config = self.run.learner.config
+        settings = ", ".join(f"{name}={value!r}" for name, value in config.changed().items())
+        code = f"{class_name(self.run)}({settings})"
+        self.board.copy_text(code)
+        return code
+
+    def copy_tape(self) -> str:
+        """Return Python that repeats the first run change by change, also on the clipboard."""
+        code = self.run.tape.as_code(class_name(self.run))
+        self.board.copy_text(code)
+        return code
+
+    def _send_csv(self) -> None:
+        self.board.download(f"{slug_of(self.run)}.csv", curves_csv(self._labelled()), "text/csv")
+
+    def _send_png(self) -> None:
+        self.board.download(f"{slug_of(self.run)}.png", curves_png(self._labelled()), "image/png")
+
+    def _labelled(self) -> dict[str, Run]:
+        return {bench.track.label: bench.run for bench in self._benches}
+
+    def _choose_pictures(self) -> None:
+        self.board.hide(set(self._pictures.boxes) - self._pictures.checked())
+        self._views_due = 0.0
+        self.driver.nudge()
+
+    # ---- the table -------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop training, save, and take the lab off the page."""
@@ -286,11 +438,46 @@ class Lab:
         self.widget.close()
         self.board.close()
 
-    def _new_track_id(self) -> str:
-        self._tracks_made += 1
-        return f"t{self._tracks_made}"
+    def _bench_of(self, run: Run) -> Bench:
+        for bench in self._benches:
+            if bench.run is run:
+                return bench
+        raise PolrlError(f"{run!r} is not on this table")
 
-    def _start_again(self, bench: _Bench, structure: dict[str, Any]) -> None:
+    def _new_track_id(self) -> str:
+        return f"t{next(self._track_numbers)}"
+
+    def _arm_bench(self, run: Run, track: Track, arm: str) -> Bench:
+        bench = Bench(run, track, {}, widgets.VBox(), arm=arm)
+        bench.applied = {name: format_value(value) for name, value in self._arms[arm][1].items()}
+        return bench
+
+    def _put(self, run: Run, label: str, *, parent: Bench | None = None, arm: str = "") -> Bench:
+        """Put one more run on the table, beside the others on the same axes."""
+        taken = {bench.track.color for bench in self._benches}
+        color = next(number for number in itertools.count() if number not in taken)
+        track = Track(self._new_track_id(), label, color=color, dash="dot" if arm else "solid")
+        if arm:
+            bench = self._arm_bench(run, track, arm)
+        else:
+            bench = self._bench(run, track)
+        if parent is not None:
+            bench.rows, bench.marks, bench.changes = list(parent.rows), parent.marks, len(run._tape.changes)
+            bench.applied_step = run.step
+        else:
+            run._evaluate()
+        self.board.add_charts(charts_of([run]))
+        self.board.add_track(track, parent=parent.track.id if parent else None)
+        self.runs.append(run)
+        self._benches = [*self._benches, bench]
+        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
+        self._name_sliders()
+        self.driver.add(run)
+        self._views_due = 0.0
+        self.driver.nudge()
+        return bench
+
+    def _start_again(self, bench: Bench, structure: dict[str, Any]) -> None:
         """Put a new learner in the place of a bench's run."""
         old = bench.run
         config = old.learner.config
@@ -306,14 +493,18 @@ class Lab:
         self.driver.remove(old)
         old.close()
         self.board.ghost(bench.track.id)
-        fresh = Run(learner, folder=new_run_folder(learner.slug()), threads=old.threads)
+        folder = None if bench.arm else new_run_folder(learner.slug())
+        fresh = Run(learner, folder=folder, threads=old.threads)
         track = Track(self._new_track_id(), bench.track.label, color=bench.track.color)
         self.board.add_track(track)
-        renewed = self._bench(fresh, track)
+        renewed = self._arm_bench(fresh, track, bench.arm) if bench.arm else self._bench(fresh, track)
+        renewed.ghost_tracks = [*bench.ghost_tracks, bench.track.id]
+        self._forget_old_ghosts(renewed)
+        fresh._evaluate()
         place = self._benches.index(bench)
         self._benches[place] = renewed
         self.runs[place] = fresh
-        self._seats.children = tuple(b.panel for b in self._benches)
+        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
         self.driver.add(fresh)
         self._views_due = 0.0
         if training:
@@ -324,10 +515,11 @@ class Lab:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        training = self.driver.training
-        if training and self.board.last_seen is not None and now - self.board.last_seen > UNSEEN_SECONDS:
+        if self.driver.training and self._unseen(now):
             self.driver.pause()
-            self._notice = f"paused: no page has shown this lab for {UNSEEN_SECONDS:.0f} s"
+            self._notice = "paused: no page shows this lab any more; run goes on"
+        training = self.driver.training
+        self._draw_plainly(now)
         message = self.driver.error or self._notice or next((r.message for r in self.runs if r.message), "")
         shown = (
             training,
@@ -349,12 +541,40 @@ class Lab:
         if with_views:
             cost = time.monotonic() - now
             self._views_due = now + max(VIEW_SECONDS, cost / VIEW_SHARE)
+        if now >= self._tape_due:
+            self._tape_due = now + TAPE_SECONDS
+            first = self._benches[0]
+            self._tape_panel.show(first.track.label, first.run.step, first.run._tape.changes)
         self.board.frame(frames, message=message, level="error" if self.driver.error else "info")
 
-    def _frame(self, bench: _Bench, training: bool, with_views: bool) -> TrackFrame:
+    def _unseen(self, now: float) -> bool:
+        """Whether nobody can see the lab: its page was closed, or it was taken off the page."""
+        gone = self._gone_since is not None and now - self._gone_since > GONE_SECONDS
+        silent = self.board.last_seen is not None and now - self.board.last_seen > UNSEEN_SECONDS
+        return gone or silent
+
+    def _draw_plainly(self, now: float) -> None:
+        """Draw pictures where no custom widget arrives: on Colab without its widget manager, say."""
+        if self.mode == "live":
+            if not self._displayed or self.board.last_seen is not None or now - self._displayed < PLAIN_SECONDS:
+                return
+            self.mode, self._plain.layout.display = "plain", ""
+        if self.mode != "plain" or now < self._plain_due:
+            return
+        state = (self._notice, self.driver.error, *((b.run.step, b.applied) for b in self._benches))
+        if state == self._plain_state:
+            return
+        self._plain_state = state
+        self._plain_picture.value = page_png(self._labelled())
+        self._plain_words.value = "".join(
+            plain_row(bench, self.driver.error or self._notice) for bench in self._benches
+        )
+        self._plain_due = time.monotonic() + max(PLAIN_EVERY, 10 * (time.monotonic() - now))
+
+    def _frame(self, bench: Bench, training: bool, with_views: bool) -> TrackFrame:
         run = bench.run
         self._catch_up(bench)
-        if run.step != bench.applied_step:
+        if run.step != bench.applied_step and not bench.arm:
             config = run.learner.config
             bench.applied = {name: format_value(getattr(config, name)) for name in config.knobs}
             bench.applied_step = run.step
@@ -375,10 +595,11 @@ class Lab:
             views=run._views() if with_views else {},
         )
 
-    def _catch_up(self, bench: _Bench) -> None:
+    def _catch_up(self, bench: Bench) -> None:
         """Bring marks and abandoned branches to the board."""
         run, track = bench.run, bench.track
         if len(run.ghosts) > bench.ghosts:
+            self._show_ghosts(bench)
             bench.ghosts = len(run.ghosts)
             self.board.truncate(track.id, run.step)
             self.board.mark(track.id, run.step, "back", "rewind")
@@ -399,44 +620,33 @@ class Lab:
                 self.board.mark(track.id, change.step, f"{knob} = {format_value(change.value)}", "knob")
                 del bench.moving[knob]
 
+    def _show_ghosts(self, bench: Bench) -> None:
+        """Leave the branches that were abandoned by rewinding in sight, thin and grey."""
+        for ghost in bench.run.ghosts[bench.ghosts :]:
+            tables = (ghost.history, ghost.evaluations)
+            points = {m: (table.steps, table.column(m)) for table in tables if len(table) for m in table.metrics}
+            if not points:
+                continue
+            track = Track(self._new_track_id(), f"{bench.track.label} (left at {ghost.start})", color=0)
+            self.board.add_track(track)
+            self.board.frame({track.id: TrackFrame(step=ghost.start, points=points)})
+            self.board.ghost(track.id)
+            bench.ghost_tracks.append(track.id)
+        self._forget_old_ghosts(bench)
+
+    def _forget_old_ghosts(self, bench: Bench) -> None:
+        while len(bench.ghost_tracks) > MAX_GHOSTS:
+            self.board.remove_track(bench.ghost_tracks.pop(0))
+
     def _heard(self, event: dict[str, Any]) -> None:
-        if event.get("type") == "hello":
+        kind = event.get("type")
+        if kind == "gone":
+            self._gone_since = time.monotonic()
+            return
+        if kind in ("hello", "back"):
+            self._gone_since = None
+        if kind == "hello":
             self._views_due = 0.0
             self.driver.nudge()
-
-
-class _Rate:
-    """Updates per second over about the last second."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
-
-    def add(self, now: float, step: int) -> None:
-        if self._seen and step < self._seen[-1][1]:
-            self._seen = []
-        self._seen = [*((t, s) for t, s in self._seen[-40:] if now - t < 1.0), (now, step)]
-
-    def per_second(self) -> float | None:
-        (first, start), (last, end) = self._seen[0], self._seen[-1]
-        return (end - start) / (last - first) if last - first > 0.2 else None
-
-
-def _as_run(method: Learner[Any] | Run | type[Learner[Any]], threads: int, saved: bool) -> Run:
-    if isinstance(method, Run):
-        return method
-    learner = method() if isinstance(method, type) else method
-    return Run(learner, threads=threads, folder=new_run_folder(learner.slug()) if saved else None)
-
-
-def _label(run: Run) -> str:
-    return type(run.learner).__name__
-
-
-def _charts(runs: list[Run]) -> list[Chart]:
-    charts: dict[str, Chart] = {}
-    for run in runs:
-        for curve in run.learner.curves:
-            known = charts.get(curve.title)
-            metrics = tuple(dict.fromkeys((*(known.metrics if known else ()), *curve.metrics)))
-            charts[curve.title] = Chart(f"c{len(charts)}", curve.title, metrics, curve.y_label, curve.log)
-    return [Chart(f"c{i}", c.title, c.metrics, c.y_label, c.log) for i, c in enumerate(charts.values())]
+        elif kind == "rewind":
+            self._carefully(lambda: self.rewind(int(event["step"])))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from polrl.core.run import Run
-from polrl.core.views import Curve, View
+from polrl.core.views import View
 
 from .static_views import draw_curves, draw_view, new_figure, to_png
 
@@ -56,34 +57,66 @@ def still_picture(runs: Sequence[Run], steps: int) -> Still:
     """
     count = min(steps, SMOKE_STEPS) if os.environ.get("POLRL_MODE") == "smoke" else steps
     pictures = []
-    histories, marks = {}, []
+    labelled: dict[str, Run] = {}
     for run in runs:
         run.evaluate_every = max(1, count // 12)
         run.evaluate()
         run.advance(count)
         name = type(run.learner).__name__
-        while name in histories:
+        while name in labelled:
             name += " (2)"
-        histories[name] = _together(run)
-        marks += [(step, phase, "phase") for step, phase in run.phase_marks]
-    curves = _curves(runs)
-    figure = draw_curves(histories, curves, marks=marks)
-    pictures.append((to_png(figure), figure.alt))  # type: ignore[attr-defined]
-    for run in runs:
-        pictures.append(_views_picture(run.views()))
+        labelled[name] = run
+    figure = _curves_figure(labelled)
+    pictures.append((to_png(figure), figure.alt))
+    pictures += [_views_picture(views) for run in runs if (views := run.views())]
     caption = f"Static form: {count} steps. In JupyterLab this cell shows sliders, and the curves move."
     return Still(pictures, caption)
+
+
+def _curves_figure(runs: Mapping[str, Run]) -> Any:
+    marks = [(step, phase, "phase") for run in runs.values() for step, phase in run.phase_marks]
+    curves = {curve.title: curve for run in runs.values() for curve in run.learner.curves}
+    return draw_curves({name: _together(run) for name, run in runs.items()}, list(curves.values()), marks=marks)
+
+
+def curves_png(runs: Mapping[str, Run]) -> bytes:
+    """Return the learning curves of labelled runs as a PNG picture."""
+    return to_png(_curves_figure(runs))
+
+
+def curves_csv(runs: Mapping[str, Run]) -> bytes:
+    """Return all numbers of labelled runs as CSV: run, step, phase, and a column a metric."""
+    tables = [_together(run).assign(run=name).reset_index(names="step") for name, run in runs.items()]
+    table = pd.concat(tables, ignore_index=True)
+    first = ["run", "step", "phase"]
+    return table[[*first, *(c for c in table.columns if c not in first)]].to_csv(index=False).encode()
+
+
+def page_png(runs: Mapping[str, Run]) -> bytes:
+    """Return curves and the first run's views in one picture, for pages that run no custom widget."""
+    views = next(iter(runs.values())).views()
+    return _stacked([curves_png(runs), *([_views_picture(views)[0]] if views else [])])
+
+
+def _stacked(pictures: Sequence[bytes]) -> bytes:
+    """Return PNG pictures one below the other."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(png)).convert("RGB") for png in pictures]
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    out = io.BytesIO()
+    sheet.save(out, format="PNG")
+    return out.getvalue()
 
 
 def _together(run: Run) -> pd.DataFrame:
     """Return history and evaluations in one table; a metric is NaN where it was not measured."""
     history, evaluations = run.history, run.evaluations.drop(columns="phase", errors="ignore")
     return history.join(evaluations, how="outer")
-
-
-def _curves(runs: Sequence[Run]) -> list[Curve]:
-    curves = {curve.title: curve for run in runs for curve in run.learner.curves}
-    return list(curves.values())
 
 
 def _views_picture(views: dict[str, View]) -> tuple[bytes, str]:

@@ -63,7 +63,7 @@ class Store {
   constructor() {
     this.n = 0;
     this.whole = false;
-    this.setup = { charts: [], tracks: [], marks: [], palette: ["#0072B2"], ghost: "#888888", sliders: {} };
+    this.setup = { charts: [], tracks: [], marks: [], hidden: [], palette: ["#0072B2"], ghost: "#888888", sliders: {} };
     this.clear();
   }
 
@@ -104,7 +104,7 @@ class Store {
     for (const key of this.series.keys()) if (!known.has(key.split("\u0000")[0])) this.series.delete(key);
     for (const key of this.words.keys()) if (!known.has(key)) this.words.delete(key);
     for (const [key, view] of this.views) {
-      if (!known.has(view.track) || known.get(view.track).ghost) this.views.delete(key);
+      if (!known.has(view.track) || known.get(view.track).ghost || setup.hidden.includes(view.name)) this.views.delete(key);
     }
   }
 
@@ -274,7 +274,8 @@ function drawTokens(body, view) {
 }
 
 function ramp(theme, diverging) {
-  const paper = theme.paper === "rgba(0, 0, 0, 0)" ? (theme.dark ? "#111" : "#fff") : theme.paper;
+  const opaque = theme.paper && theme.paper !== "rgba(0, 0, 0, 0)"; // it has none while it is out of the page
+  const paper = opaque ? theme.paper : theme.dark ? "#111111" : "#ffffff";
   if (diverging) return [[0, "#D55E00"], [0.5, paper], [1, "#0072B2"]];
   return [[0, paper], [0.5, theme.dark ? "#00578a" : "#7fb8d8"], [1, theme.dark ? "#9fd8f7" : "#00426b"]];
 }
@@ -393,12 +394,13 @@ class Stage {
 // ---------------------------------------------------------------------------------------------- one display
 
 class Panel {
-  constructor(store, el, painted, ask) {
+  constructor(store, el, painted, tell) {
     this.store = store;
     this.painted = painted;
-    this.ask = ask;
+    this.tell = tell;
     this.el = make("div", "polrl-board", el);
     this.rows = make("div", "polrl-tracks", this.el);
+    this.timeline = this.buildTimeline();
     this.message = make("div", "polrl-message", this.el);
     this.message.setAttribute("role", "status");
     this.grid = make("div", "polrl-charts", this.el);
@@ -459,7 +461,7 @@ class Panel {
     const place = shelf();
     if (place.begun || performance.now() < (place.askedAt ?? -Infinity) + 20_000) return;
     place.askedAt = performance.now();
-    this.ask();
+    this.tell({ type: "library" });
   }
 
   retheme() {
@@ -549,6 +551,35 @@ class Panel {
     if (this.queue.size) this.rest();
   }
 
+  // -- the way back
+
+  // A slider over the steps done so far: dragged back and let go, it rewinds.
+  buildTimeline() {
+    const row = make("label", "polrl-timeline", this.el, "rewind");
+    const slider = make("input", "", row);
+    const words = make("output", "", row);
+    Object.assign(slider, { type: "range", min: 0, max: 0, value: 0, step: 1 });
+    slider.setAttribute("aria-label", "drag back to an earlier step and go on from there");
+    slider.addEventListener("input", () => {
+      row.held = true;
+      put(words, `to step ${Number(slider.value).toLocaleString("en-US")}`);
+    });
+    slider.addEventListener("change", () => {
+      row.held = false;
+      put(words, "");
+      this.tell({ type: "rewind", step: Number(slider.value) });
+    });
+    return Object.assign(row, { slider });
+  }
+
+  writeTimeline() {
+    const { timeline } = this;
+    timeline.hidden = !this.store.setup.timeline;
+    if (timeline.hidden || timeline.held) return;
+    timeline.slider.max = Math.max(0, ...[...this.tracks.keys()].map((id) => this.store.words.get(id)?.step ?? 0));
+    timeline.slider.value = timeline.slider.max;
+  }
+
   // -- words
 
   buildTracks() {
@@ -574,7 +605,7 @@ class Panel {
       words.values = new Map();
       this.tracks.set(track.id, words);
     }
-    this.wordsDirty = true;
+    this.writeWords(); // no empty words in between
   }
 
   writeWords() {
@@ -596,6 +627,7 @@ class Panel {
         put(parts.values.get(name), text);
       }
     }
+    this.writeTimeline();
     put(this.message, this.store.message.text);
     this.message.dataset.level = this.store.message.level;
   }
@@ -604,7 +636,8 @@ class Panel {
 
   buildCharts() {
     const specs = this.store.setup.charts;
-    if ([...this.charts.keys()].join() === specs.map((spec) => spec.id).join()) return;
+    if (this.specs === (this.specs = JSON.stringify(specs))) return;
+    for (const { stage } of this.charts.values()) stage.release();
     this.grid.replaceChildren();
     this.charts.clear();
     for (const spec of specs) {
@@ -646,12 +679,21 @@ class Panel {
     const shown = tracks.filter((track) => !track.ghost);
     const kinds = { knob: "dot", phase: "solid", fork: "dash", rewind: "dash" };
     const base = { type: "scatter", yaxis: "y2", showlegend: false, name: "", opacity: 0.75 };
+    // Words at one step are said once, together.
+    const atStep = new Map();
+    for (const mark of marks) {
+      if (mark.kind === "knob" || !shown.some((track) => track.id === mark.track)) continue;
+      const first = atStep.get(mark.step);
+      if (!first) atStep.set(mark.step, { ...mark, words: new Set([mark.text]) });
+      else first.words.add(mark.text);
+    }
+    const spoken = [...atStep.values()].map(({ words, ...mark }) => ({ ...mark, text: [...words].join(", ") }));
     return shown.flatMap((track) => {
       const color = shown.length > 1 ? this.color(track) : this.theme.mark;
       const prefix = shown.length > 1 ? `${track.label}: ` : "";
       const own = marks.filter((mark) => mark.track === track.id);
       const lines = Object.entries(kinds).map(([kind, dash]) => [dash, own.filter((mark) => mark.kind === kind)]);
-      const named = own.filter((mark) => mark.kind !== "knob");
+      const named = spoken.filter((mark) => mark.track === track.id);
       return [
         ...lines.filter(([, some]) => some.length).map(([dash, some]) => ({
           ...base, mode: "lines", line: { width: 1, dash, color },
@@ -792,6 +834,18 @@ class SliderNames {
 
 // ---------------------------------------------------------------------------------------------- the widget
 
+// What a board asks the page to do beside drawing.
+const ACTS = {
+  download({ name, mime }, buffers) {
+    const url = URL.createObjectURL(new Blob([bytesOf(buffers[0])], { type: mime }));
+    Object.assign(document.createElement("a"), { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  },
+  copy({ text }) {
+    navigator.clipboard?.writeText(text).catch(() => {}); // the text can be seen and copied by hand as well
+  },
+};
+
 export default () => {
   const store = new Store();
   const panels = new Set();
@@ -801,8 +855,11 @@ export default () => {
   return {
     initialize({ model }) {
       const hello = () => model.send({ type: "hello" });
+      // The kernel pauses a lab that no page has shown for a while: a page that is open, but hidden, says so.
+      const alive = setInterval(() => panels.size && document.hidden && model.send({ type: "alive" }), 10_000);
       let asked = true;
       model.on("msg:custom", (content, buffers) => {
+        if (content.act) return ACTS[content.act](content, buffers);
         const changed = store.take(content, buffers);
         if (!changed) {
           if (!asked) hello();
@@ -814,7 +871,10 @@ export default () => {
         for (const panel of panels) changed.setup ? panel.refresh() : panel.update(changed);
       });
       hello();
-      return () => sliders.close();
+      return () => {
+        clearInterval(alive);
+        sliders.close();
+      };
     },
 
     render({ model, el }) {
@@ -825,13 +885,15 @@ export default () => {
         model.send({ type: "painted", n: (told = store.n) });
       };
       const painted = () => (ackTimer ??= setTimeout(tell, ackAt + ACK_EVERY - performance.now()));
-      const panel = new Panel(store, el, painted, () => model.send({ type: "library" }));
+      const panel = new Panel(store, el, painted, (event) => model.send(event));
+      if (!panels.size) model.send({ type: "back" });
       panels.add(panel);
       const timer = setInterval(() => store.setup.sliders.root && sliders.follow(store.setup.sliders), 1000);
       return () => {
         clearInterval(timer);
         panels.delete(panel);
         panel.close();
+        if (!panels.size) model.send({ type: "gone" });
       };
     },
   };
