@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from polrl.core.errors import DataError
 
@@ -55,6 +59,35 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON in which numbers that are not finite, which JSON does not know, stand as words."""
+    return json.dumps(_in_words(value), indent=indent, allow_nan=False)
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _in_words(entry) for key, entry in value.items()}
+    return [_in_words(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def from_json(text: str) -> Any:
+    """Read what `to_json` wrote."""
+    return _in_numbers(json.loads(text))
+
+
+def _in_numbers(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _in_numbers(entry) for key, entry in value.items()}
+    return [_in_numbers(entry) for entry in value] if isinstance(value, list) else value
 
 
 def sha256(content: bytes) -> str:

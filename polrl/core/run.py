@@ -114,6 +114,7 @@ class Run:
         self._evaluations = History()
         self._tape = Tape(method=learner.slug(), config=learner.config.model_dump(mode="json"), threads=self.threads)
         self._snapshots: list[tuple[int, State]] = []
+        self._unfilled: set[str] = set()
         self._snapshot_seconds = 0.5
         self._snapshot_due = 0.0
         self._checked = time.monotonic()
@@ -407,8 +408,11 @@ class Run:
         self.check()
         if self._snapshots and self._snapshots[-1][0] >= self.step:
             self._snapshots.pop()
-        if self.learner.parameters_finite() or not self._snapshots:
-            self._snapshots.append((self.step, self.learner.state()))
+        state = self.learner.state()
+        if not self._snapshots:  # what begins as NaN (a place still to be filled, say) may stay so
+            self._unfilled = _with_nan(state)
+        if not self._snapshots or (self.learner.parameters_finite() and _with_nan(state) <= self._unfilled):
+            self._snapshots.append((self.step, state))
         size = sum(state.nbytes for _, state in self._snapshots)
         if len(self._snapshots) > MAX_SNAPSHOTS or (size > MAX_SNAPSHOT_BYTES and len(self._snapshots) > 2):
             # Every second one goes, and the spacing doubles: the whole run stays within reach.
@@ -648,6 +652,11 @@ class Run:
         if run.identical:
             run.message = ""
         return run
+
+
+def _with_nan(state: State) -> set[str]:
+    """Return the slots of a state whose tensors hold NaN."""
+    return {slot for slot, tensor in state.tensors.items() if tensor.is_floating_point() and bool(tensor.isnan().any())}
 
 
 def _is_whole(value: object) -> bool:

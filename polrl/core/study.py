@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import platformdirs
 
 from polrl.core.catalog import fingerprint, stored_result
 from polrl.core.errors import PolrlError, unknown_name
-from polrl.core.files import write_atomic
+from polrl.core.files import from_json, to_json, write_atomic
 from polrl.core.learner import Learner
 from polrl.core.sweep import Job, plain_settings, run_jobs
 from polrl.core.tape import present_versions
@@ -180,12 +179,12 @@ class StudyResult:
 
     def to_json(self) -> str:
         """Return everything as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return to_json(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> StudyResult:
         """Read what `to_json` wrote."""
-        raw = json.loads(text)
+        raw = from_json(text)
         verdicts = [Verdict(**{**v, "interval": Interval(**v["interval"])}) for v in raw.pop("verdicts")]
         return cls(**raw, verdicts=verdicts)
 
@@ -330,6 +329,8 @@ def _best(
 
 def _figure(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, metric: str, seed: int) -> float:
     row = by_arm[arm][seed]
+    if metric not in row and "diverged_at" in row:
+        return math.nan
     if metric not in row:
         raise unknown_name("metric", metric, [name for name in row if name not in ("arm", "seed")])
     return float(row[metric])
@@ -347,4 +348,4 @@ def keep_result(result: StudyResult, folder: Path) -> Path:
 def kept_result(slug: str) -> StudyResult | None:
     """Return the kept result of a method's full study, or None if there is none yet."""
     stored = stored_result(slug)
-    return None if stored is None else StudyResult.from_json(json.dumps(stored))
+    return None if stored is None else StudyResult.from_json(to_json(stored))

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import pandas as pd
 
 from polrl.core.catalog import fingerprint
 from polrl.core.device import torch_threads
-from polrl.core.errors import KnobError, unknown_name
-from polrl.core.files import write_atomic
+from polrl.core.errors import DivergedError, KnobError, unknown_name
+from polrl.core.files import from_json, to_json, write_atomic
 from polrl.core.learner import Learner
 from polrl.core.progress import progress
 from polrl.core.run import Run
@@ -66,7 +67,8 @@ def train(job: Job) -> dict[str, Any]:
     -------
     dict
         "measures": the last evaluation by metric (the last update's metrics where there is no evaluation), and
-        the one at the end of each phase by "metric@phase";
+        the one at the end of each phase by "metric@phase"; of a training that diverged, NaN, and "diverged_at",
+        the step;
         "evaluations": all of them, as columns.
     """
     with torch_threads(1):
@@ -78,8 +80,13 @@ def train(job: Job) -> dict[str, Any]:
     measures: dict[str, float] = {}
     while run.step < steps:
         phase = learner.phase
-        _advance_in_phase(run, steps)
-        figures = run.evaluate() or _last_update(run)
+        try:
+            _advance_in_phase(run, steps)
+            figures = run.evaluate() or _last_update(run)
+        except DivergedError as error:  # a figure like any other: a strength that is too high, say
+            known = learner.evaluate() or learner.update()
+            measures |= dict.fromkeys(known, math.nan) | {"diverged_at": float(error.step)}
+            break
         if job.probe:
             figures |= {name: float(value) for name, value in getattr(learner, job.probe)().items()}
         ended = "" if run.step == steps else f"@{phase}"
@@ -126,7 +133,7 @@ def run_jobs(jobs: Sequence[Job], *, n_jobs: int = 1, folder: Path | None = None
         for i, job in enumerate(jobs):
             path = folder / f"{job.key()}.json"
             if path.exists():
-                results[i] = json.loads(path.read_text(encoding="utf-8"))
+                results[i] = from_json(path.read_text(encoding="utf-8"))
     waiting = [i for i in range(len(jobs)) if i not in results]
     if n_jobs == 1 or len(waiting) <= 1:
         stream = ((i, train(jobs[i])) for i in waiting)
@@ -135,7 +142,7 @@ def run_jobs(jobs: Sequence[Job], *, n_jobs: int = 1, folder: Path | None = None
     for i, result in progress(stream, total=len(waiting), label=label, unit="run"):
         results[i] = result
         if folder is not None:
-            write_atomic(folder / f"{jobs[i].key()}.json", json.dumps(result))
+            write_atomic(folder / f"{jobs[i].key()}.json", to_json(result))
     return [results[i] for i in range(len(jobs))]
 
 

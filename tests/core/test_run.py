@@ -706,3 +706,32 @@ def test_rewinding_while_following_goes_on_following():
     run.rewind(3)
     run.advance(9)
     assert run.identical and run.tape.digest == tape.digest
+
+
+class Table(Learner[polrl.Config]):
+    """A learner without networks, whose table can go bad some steps before a metric shows it."""
+
+    def setup(self):
+        self.values = torch.zeros(3)
+        self.unfilled = torch.full((2,), float("nan"))
+        self.spoil = False
+
+    def update(self):
+        self.values = self.values + 1
+        if self.spoil:
+            self.values[2] = float("nan")
+        return {"first": self.values[0] if self.step % 40 != 39 else self.values.sum()}
+
+
+def test_a_table_that_went_bad_is_no_state_to_go_back_to():
+    run = Run(Table(), threads=1)
+    for step in range(60):
+        run._snapshot_due = 0.0
+        run.learner.spoil = step >= 10
+        if step == 39:
+            break
+        run.advance(1)
+    with pytest.raises(DivergedError, match="first was not finite at step 40"):
+        run.advance(1)
+    assert run.step == 10 and run.learner.values.isfinite().all()
+    assert len(run._snapshots) > 5, "what was NaN from the beginning does not hinder snapshots"

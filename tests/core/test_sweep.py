@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import Counted, Phased, Tiny, Unjudged, python, run_of
 
-from polrl import sweep
+import polrl
+from polrl import Learner, knob, sweep
 from polrl.core.device import torch_threads
 from polrl.core.errors import KnobError, UnknownNameError
 from polrl.core.sweep import Job, run_jobs, train
@@ -213,3 +214,29 @@ def test_processes_give_what_one_process_gives(tmp_path):
     assert time.monotonic() - began < 120
     assert together.equals(alone), "in the jobs' order, whichever is done first"
     assert sorted(lines(log)) == [f"1.0 1 {seed}" for seed in range(4)] and len(list(kept.iterdir())) == 4
+
+
+class ExplosiveConfig(polrl.Config):
+    factor: float = knob(1.0, low=0.0, high=1e30)
+
+
+class Explosive(Learner[ExplosiveConfig]):
+    """Grows by a factor each step; too large a one overflows."""
+
+    def setup(self):
+        self.x = torch.ones(())
+
+    def update(self):
+        self.x = self.x * self.config.factor
+        return {"x": self.x}
+
+    def evaluate(self):
+        return {"size": self.x}
+
+
+def test_a_training_that_diverges_is_a_row_and_does_not_end_the_sweep(tmp_path):
+    for _ in range(2):  # the second time from the files
+        table = sweep(Explosive, {"factor": [0.5, 1e30]}, steps=5, n_jobs=1, folder=tmp_path)
+        assert table["size"].tolist()[0] == pytest.approx(0.5**5) and np.isnan(table["size"][1])
+        assert table["diverged_at"].tolist()[1] == 2.0
+    assert not any("NaN" in p.read_text().replace('"NaN"', "") for p in tmp_path.glob("*.json")), "JSON knows no NaN"

@@ -45,10 +45,27 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return a figure as PNG bytes; its alt text is stored as the picture's description."""
+    """Return a figure as PNG bytes of at most 256 colours; its alt text is stored as the picture's description."""
     buffer = io.BytesIO()
     alt = getattr(figure, "alt", "")
     figure.savefig(buffer, format="png", metadata={"Description": alt} if alt else None)
+    return few_colors(buffer.getvalue(), 256)
+
+
+def few_colors(png: bytes, colors: int = 96, **texts: str) -> bytes:
+    """Return a PNG with few colours, which takes a fraction of the bytes; words in it are kept or added."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    with Image.open(io.BytesIO(png)) as image:
+        kept = {"Description": str(image.info.get("Description", ""))} | texts
+        small = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+        info = PngInfo()
+        for name, text in kept.items():
+            if text:
+                info.add_itxt(name, text)
+        buffer = io.BytesIO()
+        small.save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 
