@@ -462,3 +462,34 @@ def test_ticks_come_between_updates_in_the_training_thread(drive):
     driver.close()
     assert {(inside, own) for inside, own, _ in seen} == {(False, True)}
     assert {step for *_, step in seen} >= set(range(1, 31))
+
+
+def test_a_run_at_the_end_of_its_tape_waits_while_the_others_go_on():
+    first = Run(Tiny(device="cpu"), threads=1)
+    first.advance(6)
+    replayed, other = Run(Tiny(device="cpu"), threads=1), Run(Tiny(device="cpu"), threads=1)
+    replayed.follow(first.tape)
+    driver = Driver([replayed, other])
+    try:
+        driver.play(15)
+        until(lambda: not driver.training)
+        assert (replayed.step, other.step) == (6, 15) and replayed.identical and replayed.held
+        driver.remove(other)
+        driver.play(3)  # asked to play, it goes on
+        until(lambda: not driver.training)
+        assert replayed.step == 9 and not replayed.held
+    finally:
+        driver.close()
+
+
+def test_a_driver_whose_runs_all_wait_pauses():
+    tape = Run(Tiny(device="cpu"), threads=1).tape
+    run = Run(Tiny(device="cpu"), threads=1)
+    driver = Driver([run])
+    try:
+        run.follow(tape.model_copy(update={"steps": 4}))
+        driver.play()
+        until(lambda: not driver.training)
+        assert run.step == 4 and run.held and run.identical is False
+    finally:
+        driver.close()

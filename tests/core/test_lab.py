@@ -220,3 +220,159 @@ def test_a_run_that_a_driver_advances_is_saved_as_it_goes(tmp_path):
     finally:
         driver.close()
         run.close()
+
+
+# ---- the live form, without a page ---------------------------------------------------------------------------------------
+
+
+class Arms(Tiny):
+    """A method with a study, whose arms share a setting."""
+
+
+study = polrl.Study(
+    claim="More strength, smaller numbers.",
+    learner=Arms,
+    arms={"none": {"strength": 0.0, "cells": 6}, "some": {"cells": 6}, "plain": {"learner": Tiny, "cells": 6}},
+    criteria=(),
+    fast=polrl.Budget(seeds=1, steps=1),
+    full=polrl.Budget(seeds=1, steps=1),
+    smoke=polrl.Budget(seeds=1, steps=1),
+)
+
+
+@pytest.fixture
+def live(tmp_path, monkeypatch):
+    """A function that opens a live lab in a folder of its own and closes it."""
+    from polrl_widgets import bench, lab
+
+    for module in (bench, lab):
+        monkeypatch.setattr(module, "new_run_folder", lambda slug: tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+    labs = []
+
+    def opener(*methods, **options):
+        labs.append(Lab(*methods, mode="live", **options))
+        return labs[-1]
+
+    yield opener
+    for opened in labs:
+        opened.close()
+
+
+def test_arms_hold_only_what_makes_them_differ():
+    from polrl_widgets.panels import arms_of
+
+    assert arms_of([Arms(), Arms()]) == {"none": (Arms, {"strength": 0.0}), "some": (Arms, {}), "plain": (Tiny, {})}
+
+
+def test_an_arm_takes_the_first_runs_structure_and_leaves_again(live):
+    lab = live(Arms(cells=3, seed=5))
+    run = lab.arm("none")
+    assert run.learner.config.cells == 3 and run.learner.config.seed == 5 and run.learner.config.strength == 0.0
+    assert lab.arm("none") is run, "an arm stands on the table once"
+    lab.arm("none", on=False)
+    assert lab.runs == [lab.run]
+    with pytest.raises(PolrlError, match="unknown arm 'nonne'; did you mean none"):
+        lab.arm("nonne")
+
+
+def test_a_tape_is_replayed_beside_the_run_to_the_same_numbers(live, tmp_path):
+    lab = live(Arms())
+    lab.play(5)
+    wait_until(lambda: not lab.driver.training)
+    lab.run.tune(strength=1.5)
+    lab.play(5)
+    wait_until(lambda: not lab.driver.training)
+    path = lab.save_tape(tmp_path / "t.json")
+    assert lab.load_tape(path).changes[0].value == 1.5
+    again = lab.replay(path)
+    wait_until(lambda: again.held)
+    assert again.identical and again.step == 10 and again is not lab.run
+    assert lab.copy_config() == "Arms(strength=1.5)" and "run.tune(strength=1.5)" in lab.copy_tape()
+
+
+def test_paper_values_turn_the_knobs_that_have_one(live):
+    lab = live(Arms(rate=0.5, strength=0.3))
+    lab.paper_values()
+    assert lab.run.learner.config.rate == 0.01 and lab.run.learner.config.strength == 0.3
+    assert [c.knob for c in lab.run.tape.changes] == ["rate"]
+
+
+def test_abandoned_branches_stay_in_sight_the_newest_few(live):
+    lab = live(Arms())
+    for _ in range(7):
+        lab.play(6)
+        wait_until(lambda: not lab.driver.training)
+        lab.rewind(2)
+        wait_until(lambda: len(lab._benches[0].run.ghosts) == lab._benches[0].ghosts)
+    ghosts = [track for track in lab.board._tracks.values() if track.ghost]
+    assert len(ghosts) == 4 and "left at 2" in ghosts[-1].label
+
+
+def test_the_only_run_stays_on_the_table_and_a_fork_may_leave(live):
+    lab = live(Arms())
+    twin = lab.fork()
+    lab.remove(twin)
+    assert lab.runs == [lab.run] and twin not in lab.driver.runs
+    with pytest.raises(PolrlError, match="only run on the table"):
+        lab.remove(lab.run)
+    with pytest.raises(PolrlError, match="is not on this table"):
+        lab.fork(twin)
+
+
+def test_pictures_come_where_no_custom_widget_answers(live, monkeypatch):
+    from polrl_widgets import lab as module
+
+    monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
+    lab = live(Arms())
+    assert lab._plain.layout.display == "none"
+    lab._displayed = time.monotonic() - 1.0  # shown, and no page said hello
+    lab.driver.nudge()
+    wait_until(lambda: bytes(lab._plain_picture.value).startswith(b"\x89PNG"))
+    assert lab.mode == "plain" and lab._plain.layout.display == "" and "0 steps" in lab._plain_words.value
+
+
+def test_a_page_that_answers_gets_no_pictures(live, monkeypatch):
+    from polrl_widgets import lab as module
+
+    monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
+    lab = live(Arms())
+    lab.board._hear(None, {"type": "hello"}, [])
+    lab._displayed = time.monotonic() - 1.0
+    lab.play(5)
+    wait_until(lambda: not lab.driver.training)
+    assert lab.mode == "live"
+
+
+def test_training_stops_when_nobody_can_see_it(live, monkeypatch):
+    from polrl_widgets import lab as module
+
+    monkeypatch.setattr(module, "GONE_SECONDS", 0.1)
+    lab = live(Arms())
+    lab.board._hear(None, {"type": "hello"}, [])
+    lab.play()
+    wait_until(lambda: lab.run.step > 3)
+    lab._heard({"type": "gone"})
+    lab._heard({"type": "painted", "n": 1})  # said on the way out
+    wait_until(lambda: not lab.driver.training)
+    lab._heard({"type": "back"})
+    lab.play()
+    step = lab.run.step
+    wait_until(lambda: lab.run.step > step)
+    monkeypatch.setattr(module, "UNSEEN_SECONDS", 0.2)  # the page was closed: it says nothing any more
+    wait_until(lambda: not lab.driver.training)
+
+
+def test_the_interrupt_pauses_every_lab_and_says_so(live):
+    from polrl_widgets.lifecycle import pause_all
+
+    labs = [live(Arms()), live(Arms())]
+    for lab in labs:
+        lab.play()
+    pause_all()
+    for lab in labs:
+        assert not lab.driver.training and "interrupted" in lab._notice
+
+
+def test_several_methods_of_one_name_are_told_apart(live):
+    lab = live(Arms(), Arms(), Tiny())
+    assert [bench.track.label for bench in lab._benches] == ["Arms", "Arms (2)", "Tiny"]

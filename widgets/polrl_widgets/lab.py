@@ -204,8 +204,9 @@ class Lab:
 
     def _turn(self, bench: Bench, values: dict[str, Any]) -> None:
         """Turn several knobs at once, and let the sliders show it."""
-        bench.run.post(lambda: bench.run._tune(values)).add_done_callback(lambda done: self._refused(done.exception()))
+        turned = bench.run.post(lambda: bench.run._tune(values))
         self.driver.nudge()
+        turned.result()
         for name, value in values.items():
             bench.controls[name].show(value)
 
