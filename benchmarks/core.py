@@ -9,12 +9,14 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 import polrl
 from polrl import Learner, Run, knob
 from polrl.foundations.noise_mask import NoiseMask, log_density, render_mask
+from polrl_widgets.board import Board, Chart, Track, TrackFrame
 
 
 def interleaved(first: Callable[[int], None], second: Callable[[int], None], steps: int, rounds: int) -> float:
@@ -101,6 +103,24 @@ def memory_of_a_long_run(steps: int) -> float:
     return (python + sum(state.nbytes for _, state in run._snapshots)) / 1e6
 
 
+def message_bytes(until: int) -> float:
+    """Return the median size of a redraw's message after so many steps, four curves with ten new points each."""
+
+    class Unsent(Board):
+        def send(self, content: dict, buffers: list[bytes] | None = None) -> None:
+            pass
+
+    board = Unsent([Chart(n, n, (n,)) for n in "abcd"], [Track("t", "Run")])
+    sizes = []
+    for step in range(0, until, 10):
+        x = np.arange(step, step + 10)
+        before = board.bytes_sent
+        board.frame({"t": TrackFrame(step=step, points={name: (x, np.sin(x / 50)) for name in "abcd"})})
+        board.flush()
+        sizes.append(board.bytes_sent - before)
+    return float(np.median(sizes[-50:]))
+
+
 def main(words: list[str]) -> None:
     """Measure and print one JSON object; ratios above 1 mean that polrl is slower."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks core")
@@ -119,5 +139,7 @@ def main(words: list[str]) -> None:
             bare, plain, options.steps, options.rounds
         ),
         "megabytes after 100,000 steps with rewinding": memory_of_a_long_run(100_000),
+        "bytes of a redraw after 100,000 steps / after 1,000": message_bytes(100_000) / message_bytes(1_000),
+        "bytes of a redraw after 1,000 steps": message_bytes(1_000),
     }
     print(json.dumps({name: round(value, 3) for name, value in report.items()}, indent=2))
