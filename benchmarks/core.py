@@ -111,6 +111,7 @@ def message_bytes(until: int) -> float:
             pass
 
     board = Unsent([Chart(n, n, (n,)) for n in "abcd"], [Track("t", "Run")])
+    board._hear(None, {"type": "hello"}, [])  # a page that keeps up
     sizes = []
     for step in range(0, until, 10):
         x = np.arange(step, step + 10)
