@@ -19,10 +19,11 @@ USAGE = """usage: polrl COMMAND [...]
   sweep SLUG --over K=A,B  train at many strengths in parallel; a killed sweep resumes
   runs                     saved runs: list, clean
   check SLUG               the contract, test by test, on one method
+  new SLUG [--chapter C]   a method of your own: files that keep the contract from the first minute
   lab                      JupyterLab on the course
   doctor                   what is installed, and whether it works together
 
-Each takes --help."""
+A method of your own, outside the course, is named by its file. Each takes --help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,13 +89,14 @@ def list_methods(words: list[str]) -> int:
     if words:
         built_only = _parse(ListOptions, words, "polrl list", "The course's methods and the state of each.").built
     table = Table(box=None, pad_edge=False)
-    for heading in ("chapter", "method", "state", "title"):
-        table.add_column(heading, no_wrap=heading != "title")
+    for heading in ("chapter", "method", "state", "what it regularizes"):
+        table.add_column(heading, no_wrap=heading != "what it regularizes")
     entries = catalog().values()
     for entry in entries:
         if entry.built or not built_only:
             style = "" if entry.built else "dim"
-            table.add_row(f"{entry.number} {entry.chapter}", entry.slug, entry.state, entry.title, style=style)
+            said = entry.regularizes or entry.title
+            table.add_row(f"{entry.number} {entry.chapter}", entry.slug, entry.state, said, style=style)
     console = _console()
     console.print(table)
     console.print(f"\n{sum(e.built for e in entries)} built of {len(entries)}; more on one: polrl info SLUG")
@@ -112,7 +114,11 @@ def info(words: list[str]) -> int:
     console = _console()
     console.print(f"[bold]{entry.title}[/bold]")
     paper = f"arXiv {entry.arxiv}" if entry.arxiv else "a baseline, no paper of its own"
-    console.print(f"{entry.slug}: chapter {entry.number} {entry.chapter}; {paper}; state: {entry.state}\n")
+    place = f"chapter {entry.number} {entry.chapter}; {paper}" if entry.chapter else "a method of your own"
+    console.print(f"{entry.slug}: {place}; state: {entry.state}")
+    if entry.kinds:
+        console.print(f"{entry.regularizes} Kinds: {', '.join(entry.kinds)}.", markup=False)
+    console.print()
     if not entry.built:
         console.print("This method is planned, but not built yet.")
         return 0
@@ -184,12 +190,12 @@ class TrainOptions:
 def train(words: list[str]) -> int:
     """Train one method, saved as it goes."""
     slug = _slug(words, "train")
-    from polrl.core.catalog import load_method
+    from polrl.core.catalog import find_method, load_method
     from polrl.core.errors import KnobError
     from polrl.core.run import Run
     from polrl.core.store import new_run_folder
 
-    learner_class = load_method(slug)
+    learner_class, name = load_method(slug), find_method(slug).slug
     options, config = _options_and_config(learner_class, words, TrainOptions, f"polrl train {slug}")
     if options.steps < 0 or options.threads < 0:
         raise KnobError(f"steps and threads must be at least 0, got {options.steps} and {options.threads}")
@@ -197,13 +203,13 @@ def train(words: list[str]) -> int:
         run = Run.load(options.resume, learner_class)
     else:
         threads = options.threads or None
-        run = Run(learner_class(config), folder=options.folder or new_run_folder(slug), threads=threads)
+        run = Run(learner_class(config), folder=options.folder or new_run_folder(name), threads=threads)
     budget = options.steps or run.learner.budget - run.step
     if budget <= 0 and not options.steps:
         raise KnobError(f"the run is at step {run.step} and its budget is spent; name --steps to go on")
     folder = run.folder
     try:
-        _advance_with_bar(run, budget, slug)
+        _advance_with_bar(run, budget, name)
         figures = run.evaluate()
     finally:
         run.close()
@@ -261,7 +267,7 @@ class StudyOptions:
 def study(words: list[str]) -> int:
     """Run a study and print its figures and verdicts."""
     slug = _slug(words, "study")
-    from polrl.core.catalog import load_study
+    from polrl.core.catalog import find_method, load_study
 
     options = _parse(StudyOptions, words, f"polrl study {slug}", "Put the paper's claim to the test.")
     mode: Literal["smoke", "fast", "full"] = "full" if options.full else "smoke" if options.smoke else "fast"
@@ -276,7 +282,10 @@ def study(words: list[str]) -> int:
         from polrl.core.files import asset_roots
         from polrl.core.study import keep_result
 
-        print(f"\nkept in {keep_result(result, asset_roots()[0] / 'course' / 'results')}")
+        entry = find_method(slug)
+        own = entry.path.parent if entry.path and not entry.chapter else None  # its result lies beside its file
+        folder = own or asset_roots()[0] / "course" / "results"
+        print(f"\nkept in {keep_result(dataclasses.replace(result, slug=entry.slug), folder)}")
     return 0
 
 
@@ -301,14 +310,14 @@ def sweep_command(words: list[str]) -> int:
     slug = _slug(words, "sweep")
     import platformdirs
 
-    from polrl.core.catalog import load_method
+    from polrl.core.catalog import find_method, load_method
     from polrl.core.sweep import sweep
 
-    learner = load_method(slug)
+    learner, name = load_method(slug), find_method(slug).slug
     options, config = _options_and_config(learner, words, SweepOptions, f"polrl sweep {slug}")
     if not options.over:
         raise PolrlError(f"--over must name what to vary, such as --over {next(iter(learner.Config.knobs))}=0,0.5,1")
-    folder = options.folder or Path(platformdirs.user_cache_dir("polrl", appauthor=False)) / "sweeps" / slug
+    folder = options.folder or Path(platformdirs.user_cache_dir("polrl", appauthor=False)) / "sweeps" / name
     table = sweep(
         learner,
         dict(_grid_line(learner, line) for line in options.over),
@@ -388,6 +397,27 @@ def check(words: list[str]) -> int:
 
 
 @dataclasses.dataclass
+class NewOptions:
+    """What `polrl new` takes."""
+
+    chapter: str = ""
+    """In a checkout of polrl: the chapter to which the method goes. Without it, it gets a folder of its own here."""
+
+
+def new(words: list[str]) -> int:
+    """Begin a method of one's own."""
+    slug = _slug(words, "new")
+    from polrl.core.scaffold import new_method
+
+    chapter = ""
+    if words:
+        chapter = _parse(NewOptions, words, f"polrl new {slug}", "Begin a method of your own.").chapter
+    made = new_method(slug, chapter)
+    print(made.written(), *made.next_steps(), sep="\n")
+    return 0
+
+
+@dataclasses.dataclass
 class LabOptions:
     """What `polrl lab` takes."""
 
@@ -453,6 +483,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep_command,
     "runs": runs,
     "check": check,
+    "new": new,
     "lab": lab,
     "doctor": doctor,
 }

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import re
+import sys
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Entry:
     ----------
     slug, title : str
     chapter : str
-        The chapter's package, such as "foundations".
+        The chapter's package, such as "foundations"; "" for a file of one's own, outside polrl.
     number : str
         The chapter's number, such as "01".
     arxiv : str
@@ -41,6 +42,10 @@ class Entry:
         The file; None while the method is planned.
     headline : str
         First sentence of the file.
+    regularizes : str
+        One sentence: what the method regularizes; "" for a baseline.
+    kinds, helps : tuple of str
+        Names of the kinds of regularizer it uses and of the symptoms it answers, from `kinds.json`.
     """
 
     slug: str
@@ -50,6 +55,14 @@ class Entry:
     arxiv: str
     path: Path | None
     headline: str = ""
+    regularizes: str = ""
+    kinds: tuple[str, ...] = ()
+    helps: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> bool:
+        """True if this is a plain method that others are compared with, without a paper of its own."""
+        return not self.arxiv
 
     @property
     def built(self) -> bool:
@@ -59,14 +72,14 @@ class Entry:
     @property
     def module(self) -> str:
         """The name to import."""
-        return f"polrl.{self.chapter}.{self.slug}"
+        return f"polrl.{self.chapter}.{self.slug}" if self.chapter else self.slug
 
     @property
     def state(self) -> str:
         """One of "planned", "built", "claim shown", "claim not shown", "to be run again"."""
         if self.path is None:
             return "planned"
-        result = stored_result(self.slug)
+        result = stored_result(self.slug if self.chapter else str(self.path))
         if result is None:
             return "built"
         if result["fingerprint"] != fingerprint(self.path):
@@ -84,6 +97,16 @@ def syllabus() -> list[dict[str, Any]]:
     return json.loads((PACKAGE / "syllabus.json").read_text(encoding="utf-8"))
 
 
+def kinds() -> dict[str, list[dict[str, Any]]]:
+    """Return the kinds of regularizer: "families", "kinds" of each family, and the "symptoms" that they answer."""
+    return json.loads((PACKAGE / "kinds.json").read_text(encoding="utf-8"))
+
+
+def glossary() -> dict[str, str]:
+    """Return the course's terms in alphabetical order, each with what it means."""
+    return {entry["term"]: entry["means"] for entry in json.loads((PACKAGE / "glossary.json").read_text("utf-8"))}
+
+
 @functools.cache
 def catalog() -> dict[str, Entry]:
     """Return every method of the course and every baseline beside them, by slug, in the course's order."""
@@ -92,10 +115,11 @@ def catalog() -> dict[str, Entry]:
         package, number = chapter["package"], chapter["number"]
         files = {path.stem: path for path in sorted((PACKAGE / package).glob("[!_]*.py"))}
         for method in chapter["methods"]:
-            path = files.pop(method["slug"], None)
-            entries[method["slug"]] = Entry(
-                method["slug"], method["title"], package, number, method["arxiv"], path, _headline(path)
-            )
+            slug, title, arxiv = method["slug"], method["title"], method["arxiv"]
+            path = files.pop(slug, None)
+            words, of, helps = (method.get(field, "") for field in ("regularizes", "kinds", "helps"))
+            known = (slug, title, package, number, arxiv, path, _headline(path))
+            entries[slug] = Entry(*known, words, tuple(of), tuple(helps))
         for slug, path in files.items():
             headline = _headline(path)
             entries[slug] = Entry(slug, headline.rstrip("."), package, number, "", path, headline)
@@ -111,21 +135,55 @@ def _headline(path: Path | None) -> str:
 
 
 def find_method(slug: str) -> Entry:
-    """Return the entry of a method.
+    """Return the entry of a method: of the course's by its name, of one's own by the path of its file or folder.
 
     Raises
     ------
     UnknownNameError
         If there is none of that name; the nearest names are suggested.
+    FileNotFoundError
+        If it is a path, and there is no such file.
     """
     entries = catalog()
-    if slug not in entries:
+    if slug in entries:
+        return entries[slug]
+    path = _own_file(slug)
+    if path is None:
         raise unknown_name("method", slug, entries)
-    return entries[slug]
+    for entry in entries.values():
+        if entry.path == path:
+            return entry
+    headline = _headline(path)
+    return Entry(path.stem, headline.rstrip(".") or path.stem, "", "", "", path, headline)
+
+
+def _own_file(name: str) -> Path | None:
+    """Return the file that a path names: `soft_landing/soft_landing.py`, or its folder alone."""
+    path = Path(name).resolve()
+    if path.is_dir() and (path / f"{path.name}.py").is_file():
+        return path / f"{path.name}.py"
+    if path.is_file() and path.suffix == ".py":
+        return path
+    if path.suffix == ".py" or Path(name).name != name:
+        raise FileNotFoundError(f"there is no method's file {name}")
+    return None
+
+
+def _import_own(path: Path) -> Any:
+    """Import a file outside polrl under its own name, by which the processes of a study find it too."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
+    module = importlib.import_module(path.stem)
+    if Path(module.__file__ or "").resolve() != path:
+        raise PolrlError(f"{path} can't be imported: {path.stem} is already the name of {module.__file__ or module}")
+    return module
 
 
 def _module(slug: str) -> Any:
     entry = find_method(slug)
+    if entry.path is not None and not entry.chapter:
+        return _import_own(entry.path)
     if not entry.built:
         built = ", ".join(e.slug for e in catalog().values() if e.built)
         raise PolrlError(f"{slug} is planned, but not built yet; built are: {built}")
@@ -179,9 +237,13 @@ def fingerprint(path: Path) -> str:
 
 
 def stored_result(slug: str) -> dict[str, Any] | None:
-    """Return the kept result of a method's full study, `course/results/<slug>.json`, or None."""
+    """Return the kept result of a method's full study, or None.
+
+    It lies in `course/results/<slug>.json`; for a file of one's own, which a path names, beside the file.
+    """
     try:
-        text = find_asset(f"course/results/{slug}.json").read_text(encoding="utf-8")
-        return json.loads(text)
+        own = None if slug in catalog() else _own_file(slug)
+        path = own.with_suffix(".json") if own else find_asset(f"course/results/{slug}.json")
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None

@@ -4,8 +4,21 @@
 """
 
 from .gallery import Gallery
+from .glossary import Glossary
 from .lab import Lab
+from .map import Kinds, Symptoms
 from .still import Still, still
 from .teaching import Predict, start, study_picture
 
-__all__ = ["Gallery", "Lab", "Predict", "Still", "start", "still", "study_picture"]
+__all__ = [
+    "Gallery",
+    "Glossary",
+    "Kinds",
+    "Lab",
+    "Predict",
+    "Still",
+    "Symptoms",
+    "start",
+    "still",
+    "study_picture",
+]
