@@ -106,13 +106,14 @@ def list_methods(words: list[str]) -> int:
 def info(words: list[str]) -> int:
     """Print what a stranger should know of a method."""
     slug = _slug(words, "info")
+    from rich.markup import escape  # docstrings write shapes in brackets, which are markup here
     from rich.table import Table
 
     from polrl.core.catalog import find_method
 
     entry = find_method(slug)
     console = _console()
-    console.print(f"[bold]{entry.title}[/bold]")
+    console.print(f"[bold]{escape(entry.title)}[/bold]")
     paper = f"arXiv {entry.arxiv}" if entry.arxiv else "a baseline, no paper of its own"
     place = f"chapter {entry.number} {entry.chapter}; {paper}" if entry.chapter else "a method of your own"
     console.print(f"{entry.slug}: {place}; state: {entry.state}")
@@ -137,7 +138,7 @@ def info(words: list[str]) -> int:
         )
         paper_value = "" if knob.paper is None else str(knob.paper)
         name = f"{knob.name} (first)" if knob.first else knob.name
-        knobs.add_row(name, str(knob.default), knob.allowed().replace("a number ", ""), paper_value, words_of_ends)
+        knobs.add_row(name, str(knob.default), knob.allowed().replace("a number ", ""), paper_value, escape(words_of_ends))
     console.print(knobs)
     config = learner.Config()
     structure = ", ".join(f"{name}={getattr(config, name)!r}" for name in learner.Config.structure())
@@ -147,7 +148,7 @@ def info(words: list[str]) -> int:
     numbered = Table(title="\nEquations", title_justify="left", box=None, pad_edge=False)
     for number, marked in equations(learner).items():
         first = (marked.function.__doc__ or "").strip().split("\n")[0]
-        numbered.add_row(number, marked.function.__name__, first)
+        numbered.add_row(number, marked.function.__name__, escape(first))
     console.print(numbered)
     _print_study(console, slug)
     console.print(f"\nFile: {entry.path}", soft_wrap=True)
