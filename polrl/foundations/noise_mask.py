@@ -118,6 +118,18 @@ def sample_mask(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) ->
 @equation("E5", r"M=\mathrm{Blur}_{k,\sigma}(\mathrm{Up}(m)),\qquad \tilde x=x\odot M", source="train_one_epoch.py")
 def render_mask(mask: torch.Tensor, size: int, kernel: int, sigma: float) -> torch.Tensor:
     """Enlarge cells [B, D] (row-major) to [B, 1, size, size] by nearest neighbour and blur, mirroring at the edges."""
+    grid = _checked_grid(mask, size, kernel, sigma)
+    half = kernel // 2
+    offsets = torch.arange(-half, half + 1, dtype=mask.dtype, device=mask.device)
+    weights = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
+    # Both are linear, and treat rows and columns alike: one matrix [grid, size] does them.
+    rows = F.interpolate(torch.eye(grid, dtype=mask.dtype, device=mask.device).unsqueeze(1), size=size)
+    spread = F.conv1d(F.pad(rows, (half, half), mode="reflect"), weights.reshape(1, 1, -1)).squeeze(1)
+    return (spread.T @ mask.reshape(-1, grid, grid) @ spread).unsqueeze(1)
+
+
+def _checked_grid(mask: torch.Tensor, size: int, kernel: int, sigma: float) -> int:
+    """Return the grid's side, and refuse what can't be rendered."""
     grid = round(mask.shape[-1] ** 0.5)
     if grid * grid != mask.shape[-1]:
         raise ValueError(f"mask must hold a square number of cells, got {mask.shape[-1]}")
@@ -125,17 +137,7 @@ def render_mask(mask: torch.Tensor, size: int, kernel: int, sigma: float) -> tor
         raise ValueError(f"sigma must be above 0, got {sigma!r}")
     if kernel % 2 == 0 or not 1 <= kernel < 2 * size:
         raise ValueError(f"kernel must be odd and below twice the size {size}, got {kernel!r}")
-    spread = _enlarge_and_blur(grid, size, kernel, sigma, mask)
-    return (spread.T @ mask.reshape(-1, grid, grid) @ spread).unsqueeze(1)
-
-
-def _enlarge_and_blur(grid: int, size: int, kernel: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
-    """Return the matrix [grid, size] that enlarges and blurs a row: both are linear, and treat columns alike."""
-    half = kernel // 2
-    offsets = torch.arange(-half, half + 1, dtype=like.dtype, device=like.device)
-    weights = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
-    rows = F.interpolate(torch.eye(grid, dtype=like.dtype, device=like.device).unsqueeze(1), size=size)
-    return F.conv1d(F.pad(rows, (half, half), mode="reflect"), weights.reshape(1, 1, -1)).squeeze(1)
+    return grid
 
 
 def log_density(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -436,7 +438,7 @@ study = Study(
     ),
     fast=Budget(
         seeds=2,
-        settings={"pretrain_epochs": 30, "finetune_epochs": 8},
+        settings={"pretrain_epochs": 24, "finetune_epochs": 6},
         arms=("clean", "random mask", "learned mask"),
     ),
     full=Budget(seeds=5, settings={"width": 16, "pretrain_epochs": 40, "finetune_epochs": 10}, probe="transfer"),
