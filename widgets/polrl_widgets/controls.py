@@ -144,8 +144,8 @@ class KnobControl:
             self._on_change(self.knob.name, value)  # the run refuses it with the right words
             self.show(self._value)
             return
+        self._on_change(self.knob.name, value)  # first: what follows are messages to the page
         self.show(value)
-        self._on_change(self.knob.name, value)
 
 
 class StructurePanel:

@@ -23,7 +23,7 @@ from polrl.core.tape import Tape
 from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
 from .board import Board, Track, TrackFrame
 from .controls import KnobControl, StructurePanel, format_value
-from .lifecycle import opened
+from .lifecycle import closed, opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
 
@@ -438,6 +438,7 @@ class Lab:
             run.close()
         self.widget.close()
         self.board.close()
+        closed(self)
 
     def _bench_of(self, run: Run) -> Bench:
         for bench in self._benches:

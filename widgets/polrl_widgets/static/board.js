@@ -3,8 +3,8 @@
 const SHELF = Symbol.for("polrl.plotly");
 const REST = 6; // plotly rests this many times as long as it drew
 const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
-const ANSWER = 120; // ms that plotly leaves to the answer to a slider's move
-const HOLD = 500; // ms that it waits at the most while a slider keeps moving
+const ANSWER = 120; // ms that pictures leave to the answer to a slider's move
+const HOLD = 500; // ms that they wait at the most while a slider keeps moving
 const ACK_EVERY = 700; // ms between two messages to the kernel, each of which interrupts the training a little
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
@@ -13,7 +13,7 @@ const LEFT = 1500; // ms until it hands back
 
 function shelf() {
   if (!globalThis[SHELF]) {
-    const made = { freeAt: 0 };
+    const made = { freeAt: 0, quickAt: 0 };
     made.ready = new Promise((resolve) => (made.resolve = resolve));
     made.ready.then((plotly) => (made.plotly = plotly));
     globalThis[SHELF] = made;
@@ -434,11 +434,14 @@ class Panel {
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.onScheme = () => this.retheme();
     this.scheme.addEventListener("change", this.onScheme);
-    // While a slider moves, its answer comes first: plotly waits a moment, but draws at least every HOLD ms.
+    // While a slider moves, its answer comes first: pictures wait a moment, but are drawn at least every HOLD ms.
     this.onMove = (event) => {
       if (event.type === "pointermove" && !event.buttons) return;
       if (!event.target.closest?.(".noUi-target")) return;
-      shelf().freeAt = Math.max(shelf().freeAt, Math.min(performance.now() + ANSWER, (shelf().drawnAt ?? 0) + HOLD));
+      const place = shelf();
+      const until = performance.now() + ANSWER;
+      place.freeAt = Math.max(place.freeAt, Math.min(until, (place.drawnAt ?? 0) + HOLD));
+      place.quickAt = Math.min(until, (place.sketchedAt ?? 0) + HOLD);
     };
     for (const name of ["keydown", "pointerdown", "pointermove"]) document.addEventListener(name, this.onMove, true);
   }
@@ -493,7 +496,7 @@ class Panel {
 
   // Show a change: words now, drawings in turn.
   update({ metrics, views, marks }) {
-    this.wordsDirty = true;
+    this.writeWords();
     for (const chart of this.charts.values()) {
       if (metrics === null || marks || chart.spec.metrics.some((metric) => metrics.has(metric))) {
         this.enqueue(chart.figure, () => this.drawChart(chart));
@@ -520,13 +523,15 @@ class Panel {
   tick() {
     this.waking = null;
     if (this.closed || !this.el.isConnected) return;
-    if (this.wordsDirty) this.writeWords();
+    this.painted();
+    const wait = shelf().quickAt - performance.now();
+    if (wait > 0) return void setTimeout(() => this.wake(), wait);
     for (const [figure, draw] of this.quick) {
       this.quick.delete(figure);
       draw();
       figure.drawn = true;
     }
-    this.painted();
+    shelf().sketchedAt = performance.now();
     // Plotly draws in a task of its own: the words of this frame are painted before it begins.
     if (this.queue.size) setTimeout(() => this.drawNext());
   }
@@ -609,7 +614,6 @@ class Panel {
   }
 
   writeWords() {
-    this.wordsDirty = false;
     for (const [id, parts] of this.tracks) {
       const words = this.store.words.get(id);
       if (!words) continue;
