@@ -88,16 +88,19 @@ def list_methods(words: list[str]) -> int:
     built_only = False
     if words:
         built_only = _parse(ListOptions, words, "polrl list", "The course's methods and the state of each.").built
-    table = Table(box=None, pad_edge=False)
-    for heading in ("chapter", "method", "state", "what it regularizes"):
-        table.add_column(heading, no_wrap=heading != "what it regularizes")
+    console = _console()
+    headings = ["chapter", "method", "state", "what it regularizes"][: 4 if console.width >= 120 else 3]
+    table = Table(*headings[:3], box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for heading in headings[3:]:
+        table.add_column(heading)
     entries = catalog().values()
     for entry in entries:
         if entry.built or not built_only:
             style = "" if entry.built else "dim"
-            said = entry.regularizes or entry.title
-            table.add_row(f"{entry.number} {entry.chapter}", entry.slug, entry.state, said, style=style)
-    console = _console()
+            row = (f"{entry.number} {entry.chapter}", entry.slug, entry.state, entry.regularizes or entry.title)
+            table.add_row(*row[: len(headings)], style=style)
     console.print(table)
     console.print(f"\n{sum(e.built for e in entries)} built of {len(entries)}; more on one: polrl info SLUG")
     return 0
@@ -138,7 +141,9 @@ def info(words: list[str]) -> int:
         )
         paper_value = "" if knob.paper is None else str(knob.paper)
         name = f"{knob.name} (first)" if knob.first else knob.name
-        knobs.add_row(name, str(knob.default), knob.allowed().replace("a number ", ""), paper_value, escape(words_of_ends))
+        knobs.add_row(
+            name, str(knob.default), knob.allowed().replace("a number ", ""), paper_value, escape(words_of_ends)
+        )
     console.print(knobs)
     config = learner.Config()
     structure = ", ".join(f"{name}={getattr(config, name)!r}" for name in learner.Config.structure())

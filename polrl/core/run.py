@@ -217,7 +217,8 @@ class Run:
         now = time.monotonic()
         if self._followed is not None and learner.step in self._script:
             self._set_knobs(self._script[learner.step])
-        if now >= self._snapshot_due:
+        waits = now < self.evaluate_after  # a person turns a knob: upkeep may wait a little
+        if now >= self._snapshot_due + (2.0 if waits else 0.0):
             self._snapshot()
         phase = learner.phase
         step = learner.step + 1
@@ -234,7 +235,7 @@ class Run:
             self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
-        if self._folder is not None:
+        if self._folder is not None and (not waits or now - self._saved > 2 * self.autosave):
             self._autosave_if_due()
         if self._followed is not None and step >= self._followed.steps:
             self._end_of_tape()

@@ -132,6 +132,7 @@ def test_showing_a_value_is_not_a_move():
 def test_structure_panel_reads_numbers_and_words():
     asked = []
     panel = StructurePanel(Config(), asked.append)
+    panel.widget.selected_index = 0
     panel._fields["cells"].value = "6"
     panel._start()
     assert asked == [{"seed": 0, "device": "auto", "cells": 6}]

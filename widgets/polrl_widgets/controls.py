@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
@@ -19,6 +20,26 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+@functools.cache
+def _shared(**traits: str) -> widgets.Layout:
+    """Return one layout for all widgets that want it so: each costs the page as much as a widget."""
+    return widgets.Layout(**traits)
+
+
+def folded(makers: Mapping[str, Callable[[], widgets.Widget]]) -> widgets.Accordion:
+    """Return folded panels by title; each is made when it is first opened, for a page takes its time over widgets."""
+    seats = [widgets.VBox() for _ in makers]
+    accordion = widgets.Accordion(seats, titles=tuple(makers), selected_index=None)
+
+    def opened(change: dict[str, Any]) -> None:
+        place = change["new"]
+        if place is not None and not seats[place].children:
+            seats[place].children = (list(makers.values())[place](),)
+
+    accordion.observe(opened, "selected_index")
+    return accordion
 
 
 class KnobControl:
@@ -41,13 +62,14 @@ class KnobControl:
         self._value = getattr(config, knob.name)
         self._input, self._box = self._make()
         words = f"back to the default, {format_value(knob.default)}"
-        reset = widgets.Button(description="↺", tooltip=words, layout=widgets.Layout(width="30px", padding="0"))
+        reset = widgets.Button(description="↺", tooltip=words, layout=_shared(width="30px", padding="0"))
         reset.add_class("polrl-default").add_class(f"polrl-default-{knob.name}")
         reset.on_click(lambda _: self._moved(knob.default))
-        parts = [self._label(), widgets.HBox([w for w in (self._input, self._box, reset) if w is not None])]
+        row = widgets.HBox([w for w in (self._input, self._box, reset) if w is not None], layout=_shared())
+        parts = [self._label(), row]
         if knob.first and (knob.at_low or knob.at_high):
             parts.append(self._ends())
-        self.widget = widgets.VBox(parts, layout=widgets.Layout(margin="0 0 4px 0")).add_class("polrl-knob")
+        self.widget = widgets.VBox(parts, layout=_shared(margin="0 0 4px 0")).add_class("polrl-knob")
 
     def describe(self) -> str:
         """Say in words what the knob is and what its ends do, as tooltip and accessible name."""
@@ -75,7 +97,7 @@ class KnobControl:
         return self.knob.kind == "float" and self.knob.scale != "linear"
 
     def _make(self) -> tuple[Any, Any]:
-        knob, wide = self.knob, widgets.Layout(flex="1 1 60px", width="auto", min_width="60px")
+        knob, wide = self.knob, _shared(flex="1 1 60px", width="auto", min_width="60px")
         shared: dict[str, Any] = {"layout": wide, "description": "", "tooltip": self.describe()}
         if knob.kind == "bool":
             made = widgets.Checkbox(value=self._value, indent=False, **shared)
@@ -98,7 +120,7 @@ class KnobControl:
         box = None
         if knob.kind in ("float", "int"):
             kind = widgets.FloatText if knob.kind == "float" else widgets.IntText
-            box = kind(value=self._value, continuous_update=False, layout=widgets.Layout(width="74px"))
+            box = kind(value=self._value, continuous_update=False, layout=_shared(width="74px"))
             box.add_class(f"polrl-value-{knob.name}")
             box.observe(self._typed, "value")
         return made, box
@@ -109,13 +131,14 @@ class KnobControl:
         paper = f' <span class="polrl-paper">paper: {format_value(knob.paper)}</span>' if knob.paper is not None else ""
         name = knob.name.replace("_", " ")
         words = html.escape(self.describe(), quote=True)
-        return widgets.HTMLMath(f'<span class="polrl-name" title="{words}">{name}{symbol}</span>{paper}')
+        label = f'<span class="polrl-name" title="{words}">{name}{symbol}</span>{paper}'
+        return widgets.HTMLMath(label, layout=_shared())
 
     def _ends(self) -> widgets.HTML:
         low, high = html.escape(self.knob.at_low), html.escape(self.knob.at_high)
         style = "display:flex;justify-content:space-between;gap:1em;line-height:1.25;font-size:11px;opacity:.75"
         words = f'<span>{low}</span><span style="text-align:right">{high}</span>'
-        return widgets.HTML(f'<div class="polrl-ends" style="{style}">{words}</div>')
+        return widgets.HTML(f'<div class="polrl-ends" style="{style}">{words}</div>', layout=_shared())
 
     def _slid(self, change: dict[str, Any]) -> None:
         if self._quiet:
@@ -159,8 +182,13 @@ class StructurePanel:
     """
 
     def __init__(self, config: Config, on_start: Callable[[dict[str, Any]], None]) -> None:
+        self._config = config
         self._on_start = on_start
         self._fields: dict[str, widgets.Text] = {}
+        self.widget = folded({"structure: needs a new run": self._make}).add_class("polrl-structure")
+
+    def _make(self) -> widgets.VBox:
+        config = self._config
         for name in type(config).structure():
             value = getattr(config, name)
             text = value if isinstance(value, str) else json.dumps(value)
@@ -175,9 +203,7 @@ class StructurePanel:
         start = widgets.Button(description="start again", icon="refresh", tooltip="a new run with these settings")
         start.add_class("polrl-restart")
         start.on_click(lambda _: self._start())
-        content = widgets.VBox([*self._fields.values(), start])
-        self.widget = widgets.Accordion([content], titles=("structure: needs a new run",), selected_index=None)
-        self.widget.add_class("polrl-structure")
+        return widgets.VBox([*self._fields.values(), start])
 
     def _start(self) -> None:
         values: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from polrl.core.tape import Tape
 
 from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
 from .board import Board, Track, TrackFrame
-from .controls import KnobControl, StructurePanel, format_value
+from .controls import KnobControl, StructurePanel, folded, format_value
 from .lifecycle import closed, opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
@@ -126,6 +126,8 @@ class Lab:
         self._views_due = self._tape_due = self._plain_due = 0.0
         self._gone_since: float | None = None
         self._plain_state: tuple[Any, ...] = ()
+        self._tape_panel: TapePanel | None = None
+        self._arms = arms_of(run.learner for run in self.runs)
         self._rate = Rate()
         self._shown: tuple[Any, ...] = ()
         self._notice = ""
@@ -245,27 +247,32 @@ class Lab:
 
         acts: dict[str, Callable[..., Any]] = {"save": self.save_tape, "load": self.load_tape, "replay": self.replay}
         acts |= {"config": self.copy_config, "code": self.copy_tape}
-        self._tape_panel = TapePanel({n: careful(act) for n, act in acts.items()}, f"{slug_of(self.run)}.tape.json")
-        charts = {chart.id: chart.title for chart in self.board.charts}
-        views = {name: view.title for run in self.runs for name, view in views_of(run).items()}
-        self._pictures = ChoicePanel({**charts, **views}, True, lambda *_: self._choose_pictures(), "show")
-        self._arms = arms_of(run.learner for run in self.runs)
-        shown = {name: name for name in self._arms}
-        self._arm_boxes = ChoicePanel(shown, False, lambda name, on: self._carefully(lambda: self.arm(name, on)), "arm")
-        save = [
-            button("csv", "curves as CSV", "table", "all numbers of all runs", lambda: self._carefully(self._send_csv)),
-            button("png", "curves as PNG", "image", "the charts as a picture", lambda: self._carefully(self._send_png)),
-        ]
-        panels = {
-            "tape: what was changed when": self._tape_panel.widget,
-            "pictures: which to show": self._pictures.widget,
-            "baselines: arms of the study": self._arm_boxes.widget,
-            "save: curves as a file": widgets.HBox(save),
-        }
-        if not self._arms:
-            del panels["baselines: arms of the study"]
-        folded = widgets.Accordion(list(panels.values()), titles=tuple(panels), selected_index=None)
-        return folded.add_class("polrl-tools")
+
+        def tape() -> widgets.Widget:
+            self._tape_panel = TapePanel({n: careful(act) for n, act in acts.items()}, f"{slug_of(self.run)}.tape.json")
+            self._tape_due = 0.0
+            self.driver.nudge()
+            return self._tape_panel.widget
+
+        def pictures() -> widgets.Widget:
+            charts = {chart.id: chart.title for chart in self.board.charts}
+            views = {name: view.title for run in self.runs for name, view in views_of(run).items()}
+            self._pictures = ChoicePanel({**charts, **views}, True, lambda *_: self._choose_pictures(), "show")
+            return self._pictures.widget
+
+        def arms() -> widgets.Widget:
+            names = {name: name for name in self._arms}
+            return ChoicePanel(names, False, lambda name, on: self._carefully(lambda: self.arm(name, on)), "arm").widget
+
+        def save() -> widgets.Widget:
+            csv = button("csv", "curves as CSV", "table", "all numbers of all runs", careful(self._send_csv))
+            png = button("png", "curves as PNG", "image", "the charts as a picture", careful(self._send_png))
+            return widgets.HBox([csv, png])
+
+        makers = {"tape: what was changed when": tape, "pictures: which to show": pictures}
+        if self._arms:
+            makers["baselines: arms of the study"] = arms
+        return folded({**makers, "save: curves as a file": save}).add_class("polrl-tools")
 
     def _name_sliders(self) -> None:
         names = {}
@@ -386,7 +393,8 @@ class Lab:
     def load_tape(self, file: str | Path) -> Tape:
         """Read a tape and list its changes."""
         tape = Tape.load(file)
-        self._tape_panel.show(str(file), tape.steps, tape.changes)
+        if self._tape_panel is not None:
+            self._tape_panel.show(str(file), tape.steps, tape.changes)
         self._tape_due = time.monotonic() + 10.0  # for a while the list shows the file, not the run
         self._say(f"{file}: {tape.method}, {tape.steps} steps, {len(tape.changes)} changes; replay trains it again")
         return tape
@@ -543,7 +551,7 @@ class Lab:
         if with_views:
             cost = time.monotonic() - now
             self._views_due = now + max(VIEW_SECONDS, cost / VIEW_SHARE)
-        if now >= self._tape_due:
+        if self._tape_panel is not None and now >= self._tape_due:
             self._tape_due = now + TAPE_SECONDS
             first = self._benches[0]
             self._tape_panel.show(first.track.label, first.run.step, first.run._tape.changes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import weakref
 from types import FrameType
@@ -25,10 +24,6 @@ _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
 #: By cell: the execution that made the labs, and these.
 _BY_CELL: dict[str, tuple[str, list[weakref.ref[Any]]]] = {}
 _INTERRUPTED = "paused: the kernel was interrupted"
-#: Seconds after which the training thread lets the kernel's threads have a turn, while a lab is open: Python's own
-#: choice, five times as long, is felt at the slider.
-TURN = 0.001
-_usual_turn = sys.getswitchinterval()
 
 
 def opened(lab: Open) -> None:
@@ -44,15 +39,12 @@ def opened(lab: Open) -> None:
             labs = []
         _BY_CELL[cell] = (execution, [*labs, weakref.ref(lab)])
     _OPEN.add(lab)
-    sys.setswitchinterval(TURN)
     _follow_interrupts(shell)
 
 
 def closed(lab: Open) -> None:
     """Forget a lab."""
     _OPEN.discard(lab)
-    if not _OPEN:
-        sys.setswitchinterval(_usual_turn)
 
 
 def pause_all() -> None:
