@@ -246,6 +246,7 @@ def test_a_tape_is_saved_listed_and_replayed_exactly(lab):
     lab.page.click(".polrl-step100")
     wait_steps(lab, 101)
     unfold(lab, "tape")
+    lab.page.wait_for_selector(".polrl-tape")
     lab.page.wait_for_function("() => document.querySelector('.polrl-tape').textContent.includes('mask_strength')")
     lab.page.click(".polrl-tape-save")
     lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('the tape is in')")

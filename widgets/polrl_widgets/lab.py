@@ -250,8 +250,8 @@ class Lab:
 
         def tape() -> widgets.Widget:
             self._tape_panel = TapePanel({n: careful(act) for n, act in acts.items()}, f"{slug_of(self.run)}.tape.json")
-            self._tape_due = 0.0
-            self.driver.nudge()
+            first = self._benches[0]
+            self._tape_panel.show(first.track.label, first.run.step, first.run._tape.changes)
             return self._tape_panel.widget
 
         def pictures() -> widgets.Widget:

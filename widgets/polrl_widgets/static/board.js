@@ -426,7 +426,7 @@ class Panel {
       this.arrange();
     });
     this.size.observe(this.el);
-    this.colors = new MutationObserver(() => [0, 100, 400, 1500].forEach((ms) => setTimeout(() => this.retheme(), ms)));
+    this.colors = new MutationObserver(() => [0, 100, 400, 1500, 5000, 15000].forEach((ms) => setTimeout(() => this.retheme(), ms)));
     for (const node of [document.body, document.documentElement]) {
       this.colors.observe(node, { attributes: true, attributeFilter: ["class", "style", "data-jp-theme-light",
         "data-jp-theme-name", "data-vscode-theme-kind", "theme"] });
