@@ -883,8 +883,10 @@ def test_the_exact_figures_are_the_cards():
         assert found[f"tree_L_{alpha}"] < 1 / (2 * float(alpha))
     for alpha, accuracy in {"0.01": 1.0, "0.03": 1.0, "0.1": 1.0, "0.3": 0.933, "1": 0.576}.items():
         assert found[f"tree_accuracy_{alpha}"] == pytest.approx(accuracy, abs=0.001)
-    L = [float(found[f"tree_L_{alpha:g}"]) for alpha in (0.01, 0.03, 0.1, 0.3)]
-    assert found["tree_slope"] == pytest.approx(np.polyfit(np.log([0.01, 0.03, 0.1, 0.3]), np.log(L), 1)[0])
+    for world in ("tree", "mdp"):
+        L = [float(found[f"{world}_L_{alpha:g}"]) for alpha in (0.01, 0.03, 0.1, 0.3)]
+        slope = np.polyfit(np.log([0.01, 0.03, 0.1, 0.3]), np.log(L), 1)[0]
+        assert found[f"{world}_slope"] == pytest.approx(slope)
     assert found["mdp_hard_tv"] == pytest.approx(2 / 3)
     assert 0 < found["tree_tightness"] < 1 and 0 < found["mdp_tightness"] < 1
     wrong = 54 * math.exp(-1 / 0.3) / (27 + 54 * math.exp(-1 / 0.3))
