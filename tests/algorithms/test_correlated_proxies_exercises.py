@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 import torch
+from exercise_suite import ExerciseSuite
 
 from polrl.foundations._correlated_proxies_exercises import check_lower_bound, check_occupancy, check_orpo_reward
-
-CHECKS = (check_occupancy, check_lower_bound, check_orpo_reward)
-
 
 # ---- exercise 1 ----------------------------------------------------------------------------------------------
 
@@ -174,55 +171,15 @@ REWARD_MISTAKES = {
 # ---- the checks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "solution"),
-    [
+class TestExercises(ExerciseSuite):
+    solutions = [
         (check_occupancy, occupancy),
         (check_occupancy, by_summing(900)),
         (check_lower_bound, lower_bound),
         (check_orpo_reward, orpo_reward),
-    ],
-)
-def test_solution_is_right(check, solution):
-    feedback = check(solution)
-    assert feedback.state == "right", feedback
-
-
-@pytest.mark.parametrize(
-    ("check", "answer", "words"),
-    [
-        pytest.param(check, answer, words, id=f"{check.__name__}: {name}")
-        for check, mistakes in zip(CHECKS, (OCCUPANCY_MISTAKES, BOUND_MISTAKES, REWARD_MISTAKES), strict=True)
-        for name, (answer, words) in mistakes.items()
-    ],
-)
-def test_mistake_is_wrong_and_explained(check, answer, words):
-    feedback = check(answer)
-    assert feedback.state == "wrong"
-    assert words in feedback.words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_empty_submission_is_not_done_yet(check):
-    def to_do(*arguments):
-        raise NotImplementedError
-
-    for empty in (to_do, lambda *arguments: None, lambda *arguments: ..., None):
-        assert check(empty).state == "not done yet"
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_broken_submission_is_reported(check):
-    def broken(*arguments):
-        return arguments[0] @ "garden"
-
-    feedback = check(broken)
-    assert feedback.state == "wrong"
-    assert "TypeError" in feedback.words and 'return arguments[0] @ "garden"' in feedback.words
-    assert "arguments" in check(lambda: 0).words
-
-
-def test_checks_leave_global_randomness_alone():
-    before = torch.get_rng_state()
-    check_lower_bound(lower_bound)
-    assert torch.equal(torch.get_rng_state(), before)
+    ]
+    mistakes = {
+        check_occupancy: OCCUPANCY_MISTAKES,
+        check_lower_bound: BOUND_MISTAKES,
+        check_orpo_reward: REWARD_MISTAKES,
+    }

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
+from exercise_suite import ExerciseSuite
 
 from polrl.foundations._demonstration_regularized_rl_exercises import (
     check_kl_backup,
     check_kl_traj,
     check_lambda_star,
 )
-
-CHECKS = (check_kl_backup, check_kl_traj, check_lambda_star)
-
 
 # ---- exercise 1 ----------------------------------------------------------------------------------------------
 
@@ -157,34 +154,16 @@ STRENGTH_MISTAKES = {
 # ---- the checks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "solution"),
-    [
+class TestExercises(ExerciseSuite):
+    solutions = [
         (check_kl_backup, kl_backup),
         (check_kl_backup, backup()),
         (check_kl_traj, kl_traj),
         (check_kl_traj, wrong_kl()),
         (check_lambda_star, lambda_star),
         (check_lambda_star, lambda eps, counts: float(lambda_star(eps, counts))),
-    ],
-)
-def test_solution_is_right(check, solution):
-    feedback = check(solution)
-    assert feedback.state == "right", feedback
-
-
-@pytest.mark.parametrize(
-    ("check", "answer", "words"),
-    [
-        pytest.param(check, answer, words, id=f"{check.__name__}: {name}")
-        for check, mistakes in zip(CHECKS, (BACKUP_MISTAKES, KL_MISTAKES, STRENGTH_MISTAKES), strict=True)
-        for name, (answer, words) in mistakes.items()
-    ],
-)
-def test_mistake_is_wrong_and_explained(check, answer, words):
-    feedback = check(answer)
-    assert feedback.state == "wrong", feedback
-    assert words in feedback.words
+    ]
+    mistakes = {check_kl_backup: BACKUP_MISTAKES, check_kl_traj: KL_MISTAKES, check_lambda_star: STRENGTH_MISTAKES}
 
 
 def test_an_answer_that_breaks_in_a_random_world_is_wrong():
@@ -196,33 +175,6 @@ def test_an_answer_that_breaks_in_a_random_world_is_wrong():
 
     feedback = check_lambda_star(negative_later)
     assert feedback.state == "wrong" and "lam must be at least 0" in feedback.words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_empty_submission_is_not_done_yet(check):
-    def to_do(*arguments):
-        raise NotImplementedError
-
-    for empty in (to_do, lambda *arguments: None, lambda *arguments: ..., None):
-        assert check(empty).state == "not done yet"
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_broken_submission_is_reported(check):
-    def broken(*arguments):
-        return arguments[0] @ "clone"
-
-    feedback = check(broken)
-    assert feedback.state == "wrong"
-    assert "TypeError" in feedback.words and 'return arguments[0] @ "clone"' in feedback.words
-    assert "arguments" in check(lambda: 0).words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_checks_leave_global_randomness_alone(check):
-    before = torch.get_rng_state()
-    check({check_kl_backup: kl_backup, check_kl_traj: kl_traj, check_lambda_star: lambda_star}[check])
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_praise_names_a_share_below_one():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
+from exercise_suite import ExerciseSuite
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -14,8 +14,6 @@ from polrl.foundations._noise_mask_exercises import (
     check_noise_mask_loss,
     check_render_mask,
 )
-
-CHECKS = (check_noise_mask_loss, check_render_mask, check_expected_score_gradient)
 
 
 def beta_log_density(a, b, m):
@@ -205,56 +203,16 @@ GRADIENT_MISTAKES = {
 # ---- the checks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "solution"),
-    [
+class TestExercises(ExerciseSuite):
+    solutions = [
         (check_noise_mask_loss, noise_mask_loss),
         (check_render_mask, render_mask),
         (check_render_mask, wrong_render()),
         (check_expected_score_gradient, score_gradient()),
         (check_expected_score_gradient, score_gradient(average=lambda g, n: g.sum(dim=1).mean())),
-    ],
-)
-def test_solution_is_right(check, solution):
-    feedback = check(solution)
-    assert feedback.state == "right", feedback
-
-
-@pytest.mark.parametrize(
-    ("check", "answer", "words"),
-    [
-        pytest.param(check, answer, words, id=f"{check.__name__}: {name}")
-        for check, mistakes in zip(CHECKS, (LOSS_MISTAKES, RENDER_MISTAKES, GRADIENT_MISTAKES), strict=True)
-        for name, (answer, words) in mistakes.items()
-    ],
-)
-def test_mistake_is_wrong_and_explained(check, answer, words):
-    feedback = check(answer)
-    assert feedback.state == "wrong"
-    assert words in feedback.words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_empty_submission_is_not_done_yet(check):
-    def to_do(*arguments):
-        raise NotImplementedError
-
-    for empty in (to_do, lambda *arguments: None, lambda *arguments: ..., None):
-        assert check(empty).state == "not done yet"
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_broken_submission_is_reported(check):
-    def broken(*arguments):
-        return arguments[0] @ "mask"
-
-    feedback = check(broken)
-    assert feedback.state == "wrong"
-    assert "TypeError" in feedback.words and 'return arguments[0] @ "mask"' in feedback.words
-    assert "arguments" in check(lambda: 0).words
-
-
-def test_checks_leave_global_randomness_alone():
-    before = torch.get_rng_state()
-    check_expected_score_gradient(score_gradient())
-    assert torch.equal(torch.get_rng_state(), before)
+    ]
+    mistakes = {
+        check_noise_mask_loss: LOSS_MISTAKES,
+        check_render_mask: RENDER_MISTAKES,
+        check_expected_score_gradient: GRADIENT_MISTAKES,
+    }

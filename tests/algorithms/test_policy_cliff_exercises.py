@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from exercise_suite import ExerciseSuite
 
 from polrl.foundations._policy_cliff_exercises import (
     check_inv_bellman,
@@ -11,9 +11,6 @@ from polrl.foundations._policy_cliff_exercises import (
     check_soft_vi,
     check_tie_policy_jump,
 )
-
-CHECKS = (check_inv_bellman, check_soft_vi, check_tie_policy_jump, check_kl_optimum)
-
 
 # ---- exercise 1a ---------------------------------------------------------------------------------------------
 
@@ -211,20 +208,21 @@ KL_MISTAKES = {
 # ---- the checks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "solution"),
-    [
+class TestExercises(ExerciseSuite):
+    solutions = [
         (check_inv_bellman, inv_bellman),
         (check_soft_vi, soft_vi),
         (check_tie_policy_jump, tie_policy_jump),
         (check_tie_policy_jump, lambda *x: tuple(float(y) for y in tie_policy_jump(*x))),
         (check_kl_optimum, kl_optimum),
         (check_kl_optimum, wrong_kl(choose=tilted)),
-    ],
-)
-def test_solution_is_right(check, solution):
-    feedback = check(solution)
-    assert feedback.state == "right", feedback
+    ]
+    mistakes = {
+        check_inv_bellman: INVERSE_MISTAKES,
+        check_soft_vi: SOFT_MISTAKES,
+        check_tie_policy_jump: JUMP_MISTAKES,
+        check_kl_optimum: KL_MISTAKES,
+    }
 
 
 def test_praise_tells_what_was_found():
@@ -232,37 +230,3 @@ def test_praise_tells_what_was_found():
     words = check_kl_optimum(kl_optimum).words
     assert float(words.split("within ")[1].split()[0]) < 0.05
     assert "1.9 eps" in check_tie_policy_jump(tie_policy_jump).words
-
-
-@pytest.mark.parametrize(
-    ("check", "answer", "words"),
-    [
-        pytest.param(check, answer, words, id=f"{check.__name__}: {name}")
-        for check, mistakes in zip(CHECKS, (INVERSE_MISTAKES, SOFT_MISTAKES, JUMP_MISTAKES, KL_MISTAKES), strict=True)
-        for name, (answer, words) in mistakes.items()
-    ],
-)
-def test_mistake_is_wrong_and_explained(check, answer, words):
-    feedback = check(answer)
-    assert feedback.state == "wrong"
-    assert words in feedback.words, feedback.words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_empty_submission_is_not_done_yet(check):
-    def to_do(*arguments):
-        raise NotImplementedError
-
-    for empty in (to_do, lambda *arguments: None, lambda *arguments: ..., None):
-        assert check(empty).state == "not done yet"
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_broken_submission_is_reported(check):
-    def broken(*arguments):
-        return arguments[0] @ "table"
-
-    feedback = check(broken)
-    assert feedback.state == "wrong"
-    assert "TypeError" in feedback.words and 'return arguments[0] @ "table"' in feedback.words
-    assert "arguments" in check(lambda: 0).words

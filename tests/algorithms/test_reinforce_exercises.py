@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from exercise_suite import ExerciseSuite
 
 from polrl.foundations._reinforce_exercises import check_best_baseline, check_gibbs_policy, check_regularized_loss
 from polrl.foundations.reinforce import gradient_variance
-
-CHECKS = (check_best_baseline, check_regularized_loss, check_gibbs_policy)
 
 # ---- exercise 1 ----------------------------------------------------------------------------------------------
 
@@ -147,49 +145,16 @@ GIBBS_MISTAKES = {
 # ---- the checks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "solution"),
-    [
+class TestExercises(ExerciseSuite):
+    solutions = [
         (check_best_baseline, best_baseline),
         (check_best_baseline, weighed()),
         (check_regularized_loss, regularized_loss),
         (check_regularized_loss, wrong_loss()),
         (check_gibbs_policy, gibbs_policy),
-    ],
-)
-def test_solution_is_right(check, solution):
-    feedback = check(solution)
-    assert feedback.state == "right", feedback
-
-
-@pytest.mark.parametrize(
-    ("check", "answer", "words"),
-    [
-        pytest.param(check, answer, words, id=f"{check.__name__}: {name}")
-        for check, mistakes in zip(CHECKS, (BASELINE_MISTAKES, LOSS_MISTAKES, GIBBS_MISTAKES), strict=True)
-        for name, (answer, words) in mistakes.items()
-    ],
-)
-def test_mistake_is_wrong_and_explained(check, answer, words):
-    feedback = check(answer)
-    assert feedback.state == "wrong"
-    assert words in feedback.words
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_empty_submission_is_not_done_yet(check):
-    def to_do(*arguments):
-        raise NotImplementedError
-
-    for empty in (to_do, lambda *arguments: None, lambda *arguments: ..., None):
-        assert check(empty).state == "not done yet"
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_broken_submission_is_reported(check):
-    def broken(*arguments):
-        return arguments[0] @ "policy"
-
-    feedback = check(broken)
-    assert feedback.state == "wrong" and 'return arguments[0] @ "policy"' in feedback.words
-    assert "arguments" in check(lambda: 0).words
+    ]
+    mistakes = {
+        check_best_baseline: BASELINE_MISTAKES,
+        check_regularized_loss: LOSS_MISTAKES,
+        check_gibbs_policy: GIBBS_MISTAKES,
+    }
