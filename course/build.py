@@ -40,8 +40,9 @@ def code_digest(notebook: dict[str, Any]) -> str:
     sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     content = hashlib.sha256("\n".join(sources).encode())
     for module in sorted(set(re.findall(r"from polrl\.([\w.]+) import", "\n".join(sources)))):
-        path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
-        if path.exists() and "core" not in path.parts and path.stem != "__main__":  # methods and their worlds
+        folder, *names = module.split(".")
+        path = PACKAGE.joinpath(folder, *names).with_suffix(".py")
+        if names and folder != "core" and path.exists():  # methods and their worlds, not what drives them
             content.update(fingerprint(path).encode())
     # Results are shown too: a new one makes the notebook old.
     for slug in sorted(set(re.findall(r'kept_result\("(\w+)"\)', "\n".join(sources)))):

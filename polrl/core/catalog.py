@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polrl.core.errors import PolrlError, unknown_name
-from polrl.core.files import find_asset
+from polrl.core.files import find_asset, from_json
 
 if TYPE_CHECKING:
     from polrl.core.learner import Learner
@@ -244,6 +244,6 @@ def stored_result(slug: str) -> dict[str, Any] | None:
     try:
         own = None if slug in catalog() else _own_file(slug)
         path = own.with_suffix(".json") if own else find_asset(f"course/results/{slug}.json")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None

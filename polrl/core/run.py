@@ -97,8 +97,9 @@ class Run:
         self.autosave = autosave
         self.ghosts: list[Ghost] = []
         self.phase_marks: list[tuple[int, str]] = []
-        #: Evaluations that are due wait until then (time.monotonic): while a person moves a knob, say.
-        self.evaluate_after = 0.0
+        #: Evaluations that are due wait until then (time.monotonic), and other upkeep as well as it can: while a
+        #: person moves a knob, say.
+        self.busy_until = 0.0
         self._evaluation_waits = False
         #: What a person should know: a save that failed, a fallback that was used; "" if nothing.
         self.message = ""
@@ -217,7 +218,7 @@ class Run:
         now = time.monotonic()
         if self._followed is not None and learner.step in self._script:
             self._set_knobs(self._script[learner.step])
-        waits = now < self.evaluate_after  # a person turns a knob: upkeep may wait a little
+        waits = now < self.busy_until  # a person turns a knob: upkeep may wait a little
         if now >= self._snapshot_due + (2.0 if waits else 0.0):
             self._snapshot()
         phase = learner.phase
@@ -231,7 +232,7 @@ class Run:
             self.phase_marks.append((step, learner.phase))
         if self.evaluate_every and step % self.evaluate_every == 0:
             self._evaluation_waits = True
-        if learner.phase != phase or (self._evaluation_waits and now >= self.evaluate_after):
+        if learner.phase != phase or (self._evaluation_waits and now >= self.busy_until):
             self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()

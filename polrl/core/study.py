@@ -184,9 +184,13 @@ class StudyResult:
     @classmethod
     def from_json(cls, text: str) -> StudyResult:
         """Read what `to_json` wrote."""
-        raw = from_json(text)
-        verdicts = [Verdict(**{**v, "interval": Interval(**v["interval"])}) for v in raw.pop("verdicts")]
-        return cls(**raw, verdicts=verdicts)
+        return cls.of(from_json(text))
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> StudyResult:
+        """Make a result of its plain values."""
+        verdicts = [Verdict(**{**v, "interval": Interval(**v["interval"])}) for v in raw["verdicts"]]
+        return cls(**{**raw, "verdicts": verdicts})
 
 
 @dataclass(frozen=True)
@@ -348,4 +352,4 @@ def keep_result(result: StudyResult, folder: Path) -> Path:
 def kept_result(slug: str) -> StudyResult | None:
     """Return the kept result of a method's full study, or None if there is none yet."""
     stored = stored_result(slug)
-    return None if stored is None else StudyResult.from_json(to_json(stored))
+    return None if stored is None else StudyResult.of(stored)

@@ -193,7 +193,7 @@ class Lab:
 
     def _mover(self, bench: Bench) -> Callable[[str, Any], None]:
         def moved(name: str, value: Any) -> None:
-            bench.run.evaluate_after = time.monotonic() + SETTLED_SECONDS
+            bench.run.busy_until = time.monotonic() + SETTLED_SECONDS
             future = bench.run.post(lambda: bench.run._tune({name: value}))
             future.add_done_callback(lambda done: self._refused(done.exception()))
             self.driver.nudge()
