@@ -35,8 +35,8 @@ def short_run(slug: str) -> View:
     return next(iter(run.views().values()))
 
 
-def draw(view: View) -> bytes:
-    """Draw a view as a thumbnail: as the lab draws it, without words, for they could not be read."""
+def draw(view: View, **texts: str) -> bytes:
+    """Draw a view as a thumbnail: as the lab draws it, without words, for they could not be read; keeps `texts`."""
     if isinstance(view, ImageGrid):
         figure = _draw_images(view)
     else:
@@ -48,7 +48,7 @@ def draw(view: View) -> bytes:
     figure.alt = view.alt
     png = to_png(figure)
     for colors in (128, 64, 32, 16):
-        small = few_colors(png, colors)
+        small = few_colors(png, colors, **texts)
         if len(small) <= MAX_BYTES:
             return small
     raise ValueError(f"the thumbnail of {view.title!r} has {len(small):,} bytes, at most {MAX_BYTES:,} are allowed")
@@ -86,7 +86,7 @@ def is_fresh(entry: Entry) -> bool:
 def make(entry: Entry) -> int:
     """Make a method's thumbnail; returns its bytes."""
     assert entry.path is not None
-    small = few_colors(draw(short_run(entry.slug)), 256, polrl=fingerprint(entry.path))
+    small = draw(short_run(entry.slug), polrl=fingerprint(entry.path))
     write_atomic(FOLDER / f"{entry.slug}.png", small)
     return len(small)
 

@@ -19,6 +19,7 @@ from polrl_widgets import Gallery, Glossary, Kinds, Symptoms
 from polrl_widgets import gallery as shown
 from polrl_widgets.glyphs import GLYPHS, HEIGHT, PLAIN, WIDTH
 from polrl_widgets.map import answers
+from polrl_widgets.static_views import few_colors
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = [entry for entry in catalog().values() if not entry.baseline]
@@ -303,7 +304,7 @@ def test_a_picture_of_few_colours_keeps_its_words_and_size(tmp_path):
     from PIL import Image
 
     png = shown.sheet([("one", "planned", GLYPHS["kl"]), ("two", "", PLAIN)])
-    small = shown.few_colors(png, 16, Description="two gläyphs")
+    small = few_colors(png, 16, Description="two gläyphs")
     before, after = (Image.open(io.BytesIO(data)) for data in (png, small))
     assert before.size == after.size and after.mode == "P" and shown._description(small) == "two gläyphs"
     path = tmp_path / "small.png"

@@ -363,6 +363,19 @@ def test_training_stops_when_nobody_can_see_it(live, monkeypatch):
     wait_until(lambda: not lab.driver.training)
 
 
+def test_why_a_value_was_refused_stays_in_sight_while_training_until_one_is_taken(live):
+    lab = live(Arms())
+    lab.play()
+    control = lab._benches[0].controls["strength"]
+    control._box.value = 7.0
+    wait_until(lambda: "from 0 to 2" in lab.board._message["text"])
+    step = lab.run.step
+    wait_until(lambda: lab.run.step > step + 2000)  # several frames later
+    assert "from 0 to 2" in lab.board._message["text"] and lab.board._message["level"] == "warning"
+    control._box.value = 1.0
+    wait_until(lambda: lab.board._message["text"] == "")
+
+
 def test_the_interrupt_pauses_every_lab_and_says_so(live):
     from polrl_widgets.lifecycle import pause_all
 

@@ -33,7 +33,6 @@ class Bench:
     ghosts: int = 0
     marks: int = 0
     changes: int = 0
-    turned: int = 0
     moving: dict[str, tuple[float, Change]] = field(default_factory=dict)
     applied: dict[str, str] = field(default_factory=dict)
     applied_step: int = 0
@@ -103,11 +102,5 @@ def plain_row(bench: Bench, message: str) -> str:
 
 
 def charts_of(runs: list[Run]) -> list[Chart]:
-    """Return the charts that the learners of some runs declare; curves of one title share a chart."""
-    charts: dict[str, Chart] = {}
-    for run in runs:
-        for curve in run.learner.curves:
-            known = charts.get(curve.title)
-            metrics = tuple(dict.fromkeys((*(known.metrics if known else ()), *curve.metrics)))
-            charts[curve.title] = Chart(f"c{len(charts)}", curve.title, metrics, curve.y_label, curve.log)
-    return [Chart(f"c{i}", c.title, c.metrics, c.y_label, c.log) for i, c in enumerate(charts.values())]
+    """Return the charts that the learners of some runs declare; the board puts those of one title together."""
+    return [Chart("", c.title, c.metrics, c.y_label, c.log) for run in runs for c in run.learner.curves]

@@ -207,10 +207,15 @@ def encode_view(view: View) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
     return words, packed
 
 
+def _script(*names: str) -> str:
+    """Return scripts as the one module that a widget may have."""
+    return "".join((STATIC / name).read_text(encoding="utf-8") for name in names)
+
+
 class PlotlyLibrary(anywidget.AnyWidget):
     """Carries plotly.js to the page when somebody first points at a chart, once for all boards of the page."""
 
-    _esm = STATIC / "library.js"
+    _esm = _script("shelf.js", "library.js")
     code = traitlets.Bytes().tag(sync=True)
     _shelf: PlotlyLibrary | None = None
     _shelf_lock = threading.Lock()
@@ -248,7 +253,7 @@ class Board(anywidget.AnyWidget):
         True for a slider over the steps, which tells {"type": "rewind", "step": 40} when it is let go.
     """
 
-    _esm = "".join((STATIC / name).read_text(encoding="utf-8") for name in ("sketch.js", "board.js"))
+    _esm = _script("shelf.js", "sketch.js", "board.js")
     _css = STATIC / "board.css"
 
     def __init__(

@@ -20,7 +20,7 @@ from polrl.core.errors import unknown_name
 from polrl.core.files import find_asset
 
 from .glyphs import GLYPHS, HEIGHT, PLAIN, WIDTH, Glyph
-from .static_views import EDGE, INK, MUTED, few_colors, new_figure, to_png
+from .static_views import EDGE, INK, MUTED, new_figure, to_png
 
 COLUMNS = 6  # tiles in a row of a picture
 PER_INCH = 37.5  # units of a glyph
@@ -254,7 +254,7 @@ def sheet(tiles: Sequence[tuple[str, str, Path | Glyph]]) -> bytes:
         words_below = f"{mark} {below}".strip()
         axes.text(center, top + 38 + 5.6 * len(lines), words_below, ha="center", va="top", fontsize=6.8, color=MUTED)
     glyphs_only = all(isinstance(picture, Glyph) for _, _, picture in tiles)
-    return few_colors(to_png(figure), 48 if glyphs_only else 96)
+    return to_png(figure, 48 if glyphs_only else 96)
 
 
 def sheet_width(tiles: Sequence[object]) -> int:

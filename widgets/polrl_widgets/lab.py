@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from polrl.core.tape import Tape
 from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
 from .board import Board, Track, TrackFrame
 from .controls import KnobControl, StructurePanel, folded, format_value
-from .lifecycle import closed, opened
+from .lifecycle import opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
 
@@ -130,10 +131,11 @@ class Lab:
         self._arms = arms_of(run.learner for run in self.runs)
         self._rate = Rate()
         self._shown: tuple[Any, ...] = ()
-        self._notice = ""
+        self._notice, self._level = "", "info"
         self._track_numbers = itertools.count(len(self.runs))
         tracks = [Track(f"t{i}", label, color=i) for i, label in enumerate(run_labels(self.runs))]
-        self.board = Board(charts_of(self.runs), tracks, timeline=True)
+        self.board = Board([], tracks, timeline=True)
+        self.board.add_charts(charts_of(self.runs))
         self.board.on_event(self._heard)
         self._benches = [self._bench(run, track) for run, track in zip(self.runs, tracks, strict=True)]
         self.driver = Driver(self.runs)
@@ -145,7 +147,8 @@ class Lab:
             self.driver.play()
 
     def _lay_out(self) -> None:
-        self._seats = widgets.VBox([bench.panel for bench in self._benches])
+        self._seats = widgets.VBox()
+        self._seat()
         beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
         left = widgets.VBox([self._transport(), self._seats, self._tools()], layout=beside).add_class("polrl-controls")
         self._plain_words = widgets.HTML()
@@ -157,9 +160,12 @@ class Lab:
         self.widget = widgets.HBox([left, right]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
         self._name_sliders()
 
-    def _bench(self, run: Run, track: Track) -> Bench:
+    def _bench(self, run: Run, track: Track, arm: str = "") -> Bench:
         controls: dict[str, KnobControl] = {}
-        bench = Bench(run, track, controls, widgets.VBox())
+        bench = Bench(run, track, controls, widgets.VBox(), arm=arm)
+        if arm:  # it has no controls, and shows what makes it that arm
+            bench.applied = {name: format_value(value) for name, value in self._arms[arm][1].items()}
+            return bench
         config = run.learner.config
         for knob in config.knobs.values():
             controls[knob.name] = KnobControl(knob, config, self._mover(bench))
@@ -176,7 +182,7 @@ class Lab:
         config = bench.run.learner.config
 
         def small(name: str, text: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
-            made = button(name, text, "", tooltip, lambda: self._carefully(act))
+            made = self._button(name, text, "", tooltip, act)
             made.layout.flex, made.layout.height = "0 0 auto", "24px"
             return made
 
@@ -195,14 +201,16 @@ class Lab:
         def moved(name: str, value: Any) -> None:
             bench.run.busy_until = time.monotonic() + SETTLED_SECONDS
             future = bench.run.post(lambda: bench.run._tune({name: value}))
-            future.add_done_callback(lambda done: self._refused(done.exception()))
+            future.add_done_callback(lambda done: self._answered(done.exception()))
             self.driver.nudge()
 
         return moved
 
-    def _refused(self, error: BaseException | None) -> None:
-        if error is not None:
-            self.board.say(str(error), "warning")
+    def _answered(self, error: BaseException | None) -> None:
+        """Tell why a value was refused, until one is taken."""
+        words = "" if error is None else str(error)
+        if words != self._notice:
+            self._say(words, "warning" if words else "info")
 
     def _turn(self, bench: Bench, values: dict[str, Any]) -> None:
         """Turn several knobs at once, and let the sliders show it."""
@@ -212,10 +220,12 @@ class Lab:
         for name, value in values.items():
             bench.controls[name].show(value)
 
-    def _transport(self) -> widgets.VBox:
-        def made(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> Any:
-            return button(name, words, icon, tooltip, lambda: self._carefully(act))
+    def _button(self, name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
+        """Return a button whose failures are told on the board."""
+        return button(name, words, icon, tooltip, lambda: self._carefully(act))
 
+    def _transport(self) -> widgets.VBox:
+        made = self._button
         first = [
             made("run", "run", "play", "train until paused", self.play),
             made("pause", "pause", "pause", "stop after the present update", self.pause),
@@ -239,19 +249,13 @@ class Lab:
         )
 
     def _tools(self) -> widgets.Accordion:
-        def careful(act: Callable[..., Any]) -> Callable[..., Any]:
-            def acted(*words: Any) -> Any:
-                return self._carefully(lambda: act(*words))
-
-            return acted
-
         acts: dict[str, Callable[..., Any]] = {"save": self.save_tape, "load": self.load_tape, "replay": self.replay}
         acts |= {"config": self.copy_config, "code": self.copy_tape}
 
         def tape() -> widgets.Widget:
-            self._tape_panel = TapePanel({n: careful(act) for n, act in acts.items()}, f"{slug_of(self.run)}.tape.json")
-            first = self._benches[0]
-            self._tape_panel.show(first.track.label, first.run.step, first.run._tape.changes)
+            careful = {name: partial(self._carefully, act) for name, act in acts.items()}
+            self._tape_panel = TapePanel(careful, f"{slug_of(self.run)}.tape.json")
+            self._tape_panel.show(self.run._tape.changes)
             return self._tape_panel.widget
 
         def pictures() -> widgets.Widget:
@@ -262,11 +266,11 @@ class Lab:
 
         def arms() -> widgets.Widget:
             names = {name: name for name in self._arms}
-            return ChoicePanel(names, False, lambda name, on: self._carefully(lambda: self.arm(name, on)), "arm").widget
+            return ChoicePanel(names, False, partial(self._carefully, self.arm), "arm").widget
 
         def save() -> widgets.Widget:
-            csv = button("csv", "curves as CSV", "table", "all numbers of all runs", careful(self._send_csv))
-            png = button("png", "curves as PNG", "image", "the charts as a picture", careful(self._send_png))
+            csv = self._button("csv", "curves as CSV", "table", "all numbers of all runs", self._send_csv)
+            png = self._button("png", "curves as PNG", "image", "the charts as a picture", self._send_png)
             return widgets.HBox([csv, png])
 
         makers = {"tape: what was changed when": tape, "pictures: which to show": pictures}
@@ -284,9 +288,9 @@ class Lab:
         names |= {"polrl-tape-file": "file of the tape", "polrl-tape-code": "code"}
         self.board.name_sliders(f"polrl-lab-{self.id}", names)
 
-    def _carefully(self, act: Callable[[], Any]) -> Any:
+    def _carefully(self, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return act()
+            return act(*arguments)
         except PolrlError as error:
             self._say(str(error), "warning")
         except Exception as error:
@@ -294,7 +298,8 @@ class Lab:
         return None
 
     def _say(self, words: str, level: str = "info") -> None:
-        self._notice = words
+        """Tell something until there is something else to tell."""
+        self._notice, self._level = words, level
         self.board.say(words, level)
 
     # ---- transport -------------------------------------------------------------------------------------------
@@ -315,7 +320,7 @@ class Lab:
         """Pause and say why."""
         if self.driver.training:
             self.driver.pause()
-            self._notice = words
+            self._notice, self._level = words, "info"
 
     def rewind(self, step: int | None = None) -> None:
         """Take all runs back to a step; what came after stays as a ghost."""
@@ -353,7 +358,7 @@ class Lab:
         self.board.remove_track(bench.track.id)
         for ghost in bench.ghost_tracks:
             self.board.remove_track(ghost)
-        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
+        self._seat()
 
     def paper_values(self, run: Run | None = None) -> None:
         """Set the knobs of a run (the first if none is named) to the paper's values, where they are known."""
@@ -394,7 +399,7 @@ class Lab:
         """Read a tape and list its changes."""
         tape = Tape.load(file)
         if self._tape_panel is not None:
-            self._tape_panel.show(str(file), tape.steps, tape.changes)
+            self._tape_panel.show(tape.changes)
         self._tape_due = time.monotonic() + 10.0  # for a while the list shows the file, not the run
         self._say(f"{file}: {tape.method}, {tape.steps} steps, {len(tape.changes)} changes; replay trains it again")
         return tape
@@ -446,7 +451,6 @@ class Lab:
             run.close()
         self.widget.close()
         self.board.close()
-        closed(self)
 
     def _bench_of(self, run: Run) -> Bench:
         for bench in self._benches:
@@ -454,23 +458,18 @@ class Lab:
                 return bench
         raise PolrlError(f"{run!r} is not on this table")
 
+    def _seat(self) -> None:
+        self._seats.children = tuple(bench.panel for bench in self._benches if not bench.arm)
+
     def _new_track_id(self) -> str:
         return f"t{next(self._track_numbers)}"
-
-    def _arm_bench(self, run: Run, track: Track, arm: str) -> Bench:
-        bench = Bench(run, track, {}, widgets.VBox(), arm=arm)
-        bench.applied = {name: format_value(value) for name, value in self._arms[arm][1].items()}
-        return bench
 
     def _put(self, run: Run, label: str, *, parent: Bench | None = None, arm: str = "") -> Bench:
         """Put one more run on the table, beside the others on the same axes."""
         taken = {bench.track.color for bench in self._benches}
         color = next(number for number in itertools.count() if number not in taken)
         track = Track(self._new_track_id(), label, color=color, dash="dot" if arm else "solid")
-        if arm:
-            bench = self._arm_bench(run, track, arm)
-        else:
-            bench = self._bench(run, track)
+        bench = self._bench(run, track, arm)
         if parent is not None:
             bench.rows, bench.marks, bench.changes = list(parent.rows), parent.marks, len(run._tape.changes)
             bench.applied_step = run.step
@@ -480,7 +479,7 @@ class Lab:
         self.board.add_track(track, parent=parent.track.id if parent else None)
         self.runs.append(run)
         self._benches = [*self._benches, bench]
-        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
+        self._seat()
         self._name_sliders()
         self.driver.add(run)
         self._views_due = 0.0
@@ -496,7 +495,7 @@ class Lab:
         try:
             learner = type(old.learner)(**{**kept, **structure, **knobs})
         except Exception as error:
-            self.board.say(str(error), "warning")
+            self._say(str(error), "warning")
             return
         training = self.driver.training
         self.driver.pause()
@@ -507,14 +506,14 @@ class Lab:
         fresh = Run(learner, folder=folder, threads=old.threads)
         track = Track(self._new_track_id(), bench.track.label, color=bench.track.color)
         self.board.add_track(track)
-        renewed = self._arm_bench(fresh, track, bench.arm) if bench.arm else self._bench(fresh, track)
+        renewed = self._bench(fresh, track, bench.arm)
         renewed.ghost_tracks = [*bench.ghost_tracks, bench.track.id]
         self._forget_old_ghosts(renewed)
         fresh._evaluate()
         place = self._benches.index(bench)
         self._benches[place] = renewed
         self.runs[place] = fresh
-        self._seats.children = tuple(b.panel for b in self._benches if not b.arm)
+        self._seat()
         self.driver.add(fresh)
         self._views_due = 0.0
         if training:
@@ -525,9 +524,8 @@ class Lab:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self.driver.training and self._unseen(now):
-            self.driver.pause()
-            self._notice = "paused: no page shows this lab any more; run goes on"
+        if self._unseen(now):
+            self.interrupt("paused: no page shows this lab any more; run goes on")
         training = self.driver.training
         self._draw_plainly(now)
         message = self.driver.error or self._notice or next((r.message for r in self.runs if r.message), "")
@@ -537,10 +535,8 @@ class Lab:
             *((b.run.step, b.run._tape.changes, len(b.run.ghosts)) for b in self._benches),
         )
         # What a person has just turned is shown first, the pictures with the next frame.
-        turned = any(len(b.run._tape.changes) != b.turned for b in self._benches)
+        turned = any(len(b.run._tape.changes) != b.changes for b in self._benches)
         with_views = now >= self._views_due and self.board.ready and not turned
-        for bench in self._benches:
-            bench.turned = len(bench.run._tape.changes)
         if shown == self._shown and not (with_views and self._views_due == 0.0):
             return
         self._shown = shown
@@ -553,9 +549,8 @@ class Lab:
             self._views_due = now + max(VIEW_SECONDS, cost / VIEW_SHARE)
         if self._tape_panel is not None and now >= self._tape_due:
             self._tape_due = now + TAPE_SECONDS
-            first = self._benches[0]
-            self._tape_panel.show(first.track.label, first.run.step, first.run._tape.changes)
-        self.board.frame(frames, message=message, level="error" if self.driver.error else "info")
+            self._tape_panel.show(self.run._tape.changes)
+        self.board.frame(frames, message=message, level="error" if self.driver.error else self._level)
 
     def _unseen(self, now: float) -> bool:
         """Whether nobody can see the lab: its page was closed, or it was taken off the page."""
@@ -659,4 +654,4 @@ class Lab:
             self._views_due = 0.0
             self.driver.nudge()
         elif kind == "rewind":
-            self._carefully(lambda: self.rewind(int(event["step"])))
+            self._carefully(self.rewind, int(event["step"]))

@@ -42,11 +42,6 @@ def opened(lab: Open) -> None:
     _follow_interrupts(shell)
 
 
-def closed(lab: Open) -> None:
-    """Forget a lab."""
-    _OPEN.discard(lab)
-
-
 def pause_all() -> None:
     """Pause every open lab, because the kernel was interrupted."""
     for lab in list(_OPEN):

@@ -17,9 +17,9 @@ from .controls import format_value
 SHOWN_CHANGES = 200
 
 
-def button(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any], width: str = "auto") -> Any:
+def button(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
     """Return a button of the CSS class polrl-NAME that takes its share of a row."""
-    layout = widgets.Layout(flex="1 1 0", width=width, min_width="0", padding="0 4px")
+    layout = widgets.Layout(flex="1 1 0", width="auto", min_width="0", padding="0 4px")
     made = widgets.Button(description=words, icon=icon, tooltip=tooltip, layout=layout)
     made.add_class(f"polrl-{name}")
     made.on_click(lambda _: act())
@@ -39,7 +39,6 @@ class TapePanel:
 
     def __init__(self, acts: Mapping[str, Callable[..., Any]], name: str) -> None:
         self._rows = widgets.HTML().add_class("polrl-tape")
-        self._shown: tuple[Any, ...] = ()
         self.file = widgets.Text(value=name, layout=widgets.Layout(width="auto"), tooltip="a file, beside the notebook")
         self.file.add_class("polrl-tape-file")
         self.code = widgets.Textarea(
@@ -64,14 +63,9 @@ class TapePanel:
             ],
         ]
         self.widget = widgets.VBox([self._rows, self.file, *map(widgets.HBox, rows), self.code])
-        self.show("", 0, [])
 
-    def show(self, label: str, step: int, changes: list[Change]) -> None:
+    def show(self, changes: list[Change]) -> None:
         """List the changes of a run; nothing is sent where they are the same as before."""
-        what = (label, step if not changes else 0, len(changes), changes[-1] if changes else None)
-        if what == self._shown:
-            return
-        self._shown = what
         lines = "".join(
             f"<tr><td>{c.step:,}</td><td>{c.knob}</td><td>{format_value(c.value)}</td></tr>"
             for c in changes[-SHOWN_CHANGES:][::-1]

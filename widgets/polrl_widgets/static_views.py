@@ -44,12 +44,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
-    """Return a figure as PNG bytes of at most 256 colours; its alt text is stored as the picture's description."""
+def to_png(figure: Figure, colors: int = 256) -> bytes:
+    """Return a figure as PNG bytes of few colours; its alt text is stored as the picture's description."""
     buffer = io.BytesIO()
     alt = getattr(figure, "alt", "")
     figure.savefig(buffer, format="png", metadata={"Description": alt} if alt else None)
-    return few_colors(buffer.getvalue(), 256)
+    return few_colors(buffer.getvalue(), colors)
 
 
 def few_colors(png: bytes, colors: int = 96, **texts: str) -> bytes:

@@ -1,6 +1,5 @@
 // Shows what a Board sends. Everything is drawn on canvases by sketch.js, which stands before this file; plotly takes a
 // chart over while somebody points at it, to zoom and to read values, and rests between its drawings.
-const SHELF = Symbol.for("polrl.plotly");
 const REST = 6; // plotly rests this many times as long as it drew
 const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
 const ANSWER = 120; // ms that pictures leave to the answer to a slider's move
@@ -10,16 +9,6 @@ const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
 const POINTED = 150; // ms of pointing until plotly takes over
 const LEFT = 1500; // ms until it hands back
-
-function shelf() {
-  if (!globalThis[SHELF]) {
-    const made = { freeAt: 0, quickAt: 0 };
-    made.ready = new Promise((resolve) => (made.resolve = resolve));
-    made.ready.then((plotly) => (made.plotly = plotly));
-    globalThis[SHELF] = made;
-  }
-  return globalThis[SHELF];
-}
 
 function make(tag, className, parent, text) {
   const node = document.createElement(tag);

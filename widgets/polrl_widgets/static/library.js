@@ -1,15 +1,4 @@
 // Unpacks plotly.js, which comes gzipped from the kernel, and puts it where every board of the page finds it.
-const SHELF = Symbol.for("polrl.plotly");
-
-function shelf() {
-  if (!globalThis[SHELF]) {
-    const made = { freeAt: 0, quickAt: 0 };
-    made.ready = new Promise((resolve) => (made.resolve = resolve));
-    made.ready.then((plotly) => (made.plotly = plotly));
-    globalThis[SHELF] = made;
-  }
-  return globalThis[SHELF];
-}
 
 async function unpack(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
