@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes that run side by side.
 WORKERS ?= 2
+# Where the libraries live that the benchmarks compare with.
+PEERS ?= .venv-peers
 # Passed on to the command: make lab ARGS=--no-browser, make test-python ARGS="-k noise_mask"
 ARGS ?=
 # `make constraints` keeps this torch, whatever is newer.
@@ -16,6 +18,7 @@ LAB_EXTRAS := course
 ALL_EXTRAS := course,classroom,cluster,dev
 LAB_READY := $(VENV)/.ready-lab
 ALL_READY := $(VENV)/.ready-all
+PEERS_READY := $(PEERS)/.ready
 PIP_INSTALL := -m pip --disable-pip-version-check install
 
 # Notebooks that are run: not the assignments, whose source has cells meant to fail and is tested with nbgrader.
@@ -36,7 +39,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint types test-python test-browser test-notebooks course bench format constraints clean distclean
+.PHONY: help lab test lint types test-python test-browser test-notebooks course bench bench-peers format constraints clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -94,8 +97,18 @@ test-notebooks: $(ALL_READY) ## every notebook of the course once, with tiny bud
 			-n $(WORKERS) --dist loadfile --ignore=course/assignments $(ARGS) course; \
 	else echo "No notebook in course/ yet."; fi
 
-bench: $(ALL_READY) ## speed beside the peers
+bench: $(ALL_READY) ## what the house costs, and the lab in a browser
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# The peers want other versions than the course: an environment of their own.
+$(PEERS_READY): pyproject.toml
+	$(need_python)
+	test -x $(PEERS)/bin/python || "$(PYTHON)" -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP_INSTALL) "torch==$(TORCH)" -e ".[peers]"
+	@touch $@
+
+bench-peers: $(PEERS_READY) ## the methods beside d3rlpy, TRL, diffusers, POT and scipy
+	$(ONE_THREAD) $(PEERS)/bin/python -m benchmarks peers $(ARGS)
 
 # -------------------------------------------------------------------------------------------------------------- upkeep
 

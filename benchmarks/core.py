@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -14,22 +12,10 @@ import torch
 from torch.nn import functional as F
 
 import polrl
+from benchmarks.timing import interleaved
 from polrl import Learner, Run, knob
 from polrl.foundations.noise_mask import NoiseMask, log_density, render_mask
 from polrl_widgets.board import Board, Chart, Track, TrackFrame
-
-
-def interleaved(first: Callable[[int], None], second: Callable[[int], None], steps: int, rounds: int) -> float:
-    """Return the median over rounds of (seconds of `first`) / (seconds of `second`) for the same number of steps."""
-    ratios = []
-    for _ in range(rounds):
-        seconds = []
-        for work in (first, second):
-            begun = time.perf_counter()
-            work(steps)
-            seconds.append(time.perf_counter() - begun)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
 
 
 def bare_loop(learner: Learner) -> Callable[[int], None]:

@@ -216,6 +216,20 @@ class NotebookPage:
             raise AssertionError(f"no lab came; the cells show {shown}, the console says {self.errors}") from None
         return self
 
+    def wait_steps(self, least: int) -> None:
+        """Wait until every run on the page shows at least so many steps."""
+        self.page.wait_for_function(
+            """least => { const shown = [...document.querySelectorAll('.polrl-step')];
+                         return shown.length > 0 && shown.every(e => Number(e.dataset.value) >= least); }""",
+            arg=least,
+        )
+
+    def type_value(self, knob: str, value: str, which: int = 0) -> None:
+        """Type a knob's value, as a hand would; `which` counts the runs that have it."""
+        box = self.page.locator(f".polrl-value-{knob} input").nth(which)
+        box.fill(value)
+        box.press("Enter")
+
     def read(self, expression: str) -> str:
         """Return what the kernel says an expression is."""
         return self.run_code(f"print({expression})")
@@ -229,6 +243,8 @@ class NotebookPage:
                 self.command("notebook:move-cursor-down")
             self.command("notebook:insert-cell-below")
             self.page.wait_for_function("n => document.querySelectorAll('.jp-CodeCell').length > n", arg=self.count)
+        # A cell that is scrolled out of sight is not on the page at all.
+        self.page.evaluate("place => window.jupyterapp.shell.currentWidget.content.scrollToItem(place)", self.count)
         cells.nth(self.count).locator(".cm-content").fill(code)
         self.run_cell(self.count)
         output = cells.nth(self.count).locator(".jp-OutputArea-output")

@@ -30,16 +30,6 @@ def lab(notebook):
     return notebook
 
 
-def step_of(notebook) -> int:
-    return int(notebook.page.locator(".polrl-step").first.get_attribute("data-value"))
-
-
-def wait_steps(notebook, least: int) -> None:
-    notebook.page.wait_for_function(
-        "least => [...document.querySelectorAll('.polrl-step')].every(e => Number(e.dataset.value) >= least)", arg=least
-    )
-
-
 def drag(notebook, knob: str, share: float) -> None:
     """Drag a slider's handle to a place on its track, as a hand would."""
     page = notebook.page
@@ -54,7 +44,7 @@ def drag(notebook, knob: str, share: float) -> None:
 
 def test_dragging_a_slider_changes_what_the_next_steps_are_trained_with(lab):
     lab.page.click(".polrl-run")
-    wait_steps(lab, 5)
+    lab.wait_steps(5)
     drag(lab, "mask_strength", 0.25)
     lab.page.wait_for_function(
         "() => Math.abs(Number(document.querySelector('.polrl-applied-mask_strength').textContent) - 0.25) < 0.05"
@@ -82,15 +72,13 @@ def test_transport_does_single_steps_and_pauses(lab):
     lab.page.click(".polrl-step100")
     lab.wait_text(".polrl-step", "102")
     lab.page.click(".polrl-run")
-    wait_steps(lab, 110)
+    lab.wait_steps(110)
     lab.page.click(".polrl-pause")
     assert lab.run_code("import time; time.sleep(0.5); n = lab.run.step; time.sleep(1); print(lab.run.step - n)") == "0"
 
 
 def test_typed_values_arrow_keys_and_the_way_back_to_the_default(lab):
-    box = lab.page.locator(".polrl-value-mask_strength input")
-    box.fill("0.3")
-    box.press("Enter")
+    lab.type_value("mask_strength", "0.3")
     lab.page.click(".polrl-step1")
     lab.wait_text(".polrl-applied-mask_strength", "0.3")
     handle = lab.page.locator(".polrl-knob-mask_strength .noUi-handle").first
@@ -104,9 +92,7 @@ def test_typed_values_arrow_keys_and_the_way_back_to_the_default(lab):
 
 
 def test_a_value_out_of_range_is_refused_in_words_and_the_old_one_stays(lab):
-    box = lab.page.locator(".polrl-value-mask_strength input")
-    box.fill("7")
-    box.press("Enter")
+    lab.type_value("mask_strength", "7")
     lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('mask_strength')")
     assert "from 0 to 1" in lab.text(".polrl-message")
     lab.page.wait_for_function("() => document.querySelector('.polrl-value-mask_strength input').value === '1'")
@@ -129,7 +115,7 @@ def test_opening_the_lab_turns_no_knob(lab):
 def test_phases_are_marked_and_views_move(lab):
     lab.page.locator(".polrl-step100").click(click_count=1)
     for hundreds in range(1, 4):
-        wait_steps(lab, 100 * hundreds)
+        lab.wait_steps(100 * hundreds)
         lab.page.click(".polrl-step100")
     lab.page.wait_for_function("() => document.querySelector('.polrl-lab').textContent.includes('finetune')")
     lab.page.locator(".polrl-view-mask").scroll_into_view_if_needed()
@@ -138,14 +124,12 @@ def test_phases_are_marked_and_views_move(lab):
 
 def test_fork_goes_on_beside_its_parent_with_sliders_of_its_own(lab):
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
+    lab.wait_steps(100)
     lab.page.click(".polrl-fork")
     lab.page.wait_for_function("() => document.querySelectorAll('.polrl-knob-mask_strength').length === 2")
-    box = lab.page.locator(".polrl-value-mask_strength input").nth(1)
-    box.fill("0.2")
-    box.press("Enter")
+    lab.type_value("mask_strength", "0.2", which=1)
     lab.page.click(".polrl-step1")
-    wait_steps(lab, 101)
+    lab.wait_steps(101)
     texts = lab.page.locator(".polrl-applied-mask_strength").all_inner_texts()
     assert texts == ["1", "0.2"]
     assert lab.errors == []
@@ -153,7 +137,7 @@ def test_fork_goes_on_beside_its_parent_with_sliders_of_its_own(lab):
 
 def test_rewind_goes_back_and_leaves_the_old_branch(lab):
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
+    lab.wait_steps(100)
     box = lab.page.locator(".polrl-rewind-step input")
     box.fill("40")
     box.press("Enter")
@@ -164,10 +148,8 @@ def test_rewind_goes_back_and_leaves_the_old_branch(lab):
 
 def test_reset_begins_anew_with_the_present_knobs(lab):
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
-    box = lab.page.locator(".polrl-value-mask_strength input")
-    box.fill("0.5")
-    box.press("Enter")
+    lab.wait_steps(100)
+    lab.type_value("mask_strength", "0.5")
     lab.page.click(".polrl-reset")
     lab.wait_text(".polrl-step", "0")
     assert lab.run_code("print(lab.run.step, lab.run.learner.config.mask_strength)") == "0 0.5"
@@ -182,6 +164,8 @@ def test_structure_panel_starts_a_new_run_and_refuses_what_can_not_be(lab):
     box.press("Enter")
     lab.page.click(".polrl-restart")
     lab.page.wait_for_function("() => document.querySelector('.polrl-message').textContent.includes('width')")
+    lab.page.click(".polrl-step1")
+    lab.wait_steps(1)  # so that the new run's 0 is one to wait for
     box.fill("6")
     box.press("Enter")
     lab.page.click(".polrl-restart")
@@ -191,17 +175,11 @@ def test_structure_panel_starts_a_new_run_and_refuses_what_can_not_be(lab):
 
 def test_running_the_cell_again_leaves_one_training_thread(lab):
     lab.page.click(".polrl-run")
-    wait_steps(lab, 3)
+    lab.wait_steps(3)
     lab.run_cell(1)
     lab.wait_lab()
     count = "import threading; print(sum(t.name == 'polrl-training' for t in threading.enumerate()))"
     assert lab.run_code(count) == "1"
-
-
-def type_value(notebook, knob: str, value: str, which: int = 0) -> None:
-    box = notebook.page.locator(f".polrl-value-{knob} input").nth(which)
-    box.fill(value)
-    box.press("Enter")
 
 
 def unfold(notebook, title: str) -> None:
@@ -216,14 +194,14 @@ def test_a_knob_moved_while_paused_redraws_the_views(lab):
     masked = """() => { const c = document.querySelector('.polrl-view-mask canvas');
         return c.getContext('2d').getImageData(0, 2 * (c.height + 1) / 3, c.width, c.height / 3).data.join(); }"""
     before = lab.page.evaluate(masked)
-    type_value(lab, "mask_strength", "0")
+    lab.type_value("mask_strength", "0")
     lab.page.wait_for_function(f"before => ({masked})() !== before", arg=before)
     assert lab.read("lab.run.step") == "0"
 
 
 def test_the_timeline_goes_back_and_leaves_a_ghost_in_sight(lab):
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
+    lab.wait_steps(100)
     slider = lab.page.locator(".polrl-timeline input")
     box = slider.bounding_box()
     middle = box["y"] + box["height"] / 2
@@ -242,9 +220,9 @@ def test_the_timeline_goes_back_and_leaves_a_ghost_in_sight(lab):
 def test_a_tape_is_saved_listed_and_replayed_exactly(lab):
     lab.page.click(".polrl-step1")
     lab.wait_text(".polrl-step", "1")
-    type_value(lab, "mask_strength", "0.5")
+    lab.type_value("mask_strength", "0.5")
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 101)
+    lab.wait_steps(101)
     unfold(lab, "tape")
     lab.page.wait_for_selector(".polrl-tape")
     lab.page.wait_for_function("() => document.querySelector('.polrl-tape').textContent.includes('mask_strength')")
@@ -279,7 +257,7 @@ def test_an_arm_of_the_study_trains_beside_the_run_until_it_is_switched_off(lab)
     lab.page.locator(".polrl-arm-clean input").check()
     lab.page.wait_for_function("() => document.querySelectorAll('.polrl-track').length === 2")
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
+    lab.wait_steps(100)
     assert lab.read("[r.learner.config.mask_strength for r in lab.runs], lab.runs[1].learner.config.width") == (
         "[1.0, 0.0] 4"
     )
@@ -306,7 +284,7 @@ def test_pictures_can_be_left_out_and_come_back(lab):
 
 def test_curves_can_be_taken_away_as_csv_and_png(lab, tmp_path):
     lab.page.click(".polrl-step100")
-    wait_steps(lab, 100)
+    lab.wait_steps(100)
     unfold(lab, "save")
     with lab.page.expect_download() as csv:
         lab.page.click(".polrl-csv")
@@ -329,7 +307,7 @@ def test_a_fork_can_be_taken_off_the_table_and_the_last_run_can_not(lab):
 
 def test_a_thousand_moves_in_ten_seconds_lose_no_last_value_and_raise_nothing(lab):
     lab.page.click(".polrl-run")
-    wait_steps(lab, 3)
+    lab.wait_steps(3)
     slider = lab.page.locator(".polrl-knob-mask_strength .noUi-target").first
     track = slider.bounding_box()
     handle = lab.page.locator(".polrl-knob-mask_strength .noUi-handle").first.bounding_box()

@@ -49,12 +49,6 @@ def lab(shared):
     return shared
 
 
-def run_until(notebook, least: int) -> None:
-    notebook.page.wait_for_function(
-        "least => Number(document.querySelector('.polrl-step').dataset.value) >= least", arg=least
-    )
-
-
 def wait_message(notebook, part: str) -> None:
     notebook.page.wait_for_function(
         "part => document.querySelector('.polrl-message').textContent.includes(part)", arg=part
@@ -71,17 +65,17 @@ def training(notebook) -> bool:
 
 def test_interrupting_an_idle_kernel_pauses(lab):
     lab.page.click(".polrl-run")
-    run_until(lab, 20)
+    lab.wait_steps(20)
     lab.server.ask(f"kernels/{kernel_of(lab)}/interrupt", method="POST")
     wait_message(lab, "the kernel was interrupted")
     assert not training(lab)
     lab.page.click(".polrl-run")
-    run_until(lab, int(lab.read("lab.run.step")) + 20)
+    lab.wait_steps(int(lab.read("lab.run.step")) + 20)
 
 
 def test_interrupting_a_cell_pauses_as_well(lab):
     lab.page.click(".polrl-run")
-    run_until(lab, 5)
+    lab.wait_steps(5)
     kernel = kernel_of(lab)
     cells = lab.page.locator(".jp-CodeCell")
     lab.run_code("pass")
@@ -98,20 +92,16 @@ def test_interrupting_a_cell_pauses_as_well(lab):
 
 def test_an_exception_shows_its_traceback_and_pauses(lab):
     lab.page.click(".polrl-run")
-    run_until(lab, 5)
-    box = lab.page.locator(".polrl-value-strength input")
-    box.fill("13")
-    box.press("Enter")
+    lab.wait_steps(5)
+    lab.type_value("strength", "13")
     wait_message(lab, "RuntimeError: thirteen is not liked here")
     assert not training(lab)
 
 
 def test_the_guard_names_step_metric_and_the_last_change(lab):
     lab.page.click(".polrl-run")
-    run_until(lab, 40)
-    box = lab.page.locator(".polrl-value-strength input")
-    box.fill("1000000")
-    box.press("Enter")
+    lab.wait_steps(40)
+    lab.type_value("strength", "1000000")
     wait_message(lab, "value was not finite at step")
     words = lab.text(".polrl-message")
     assert "strength=1000000.0" in words and "the run is back at step" in words
@@ -121,7 +111,7 @@ def test_the_guard_names_step_metric_and_the_last_change(lab):
 
 def test_a_lab_whose_output_is_cleared_stops_training(lab):
     lab.page.click(".polrl-run")
-    run_until(lab, 5)
+    lab.wait_steps(5)
     lab.page.locator(".jp-CodeCell").nth(1).locator(".cm-content").click()
     lab.command("notebook:clear-cell-output")
     lab.page.wait_for_function("() => !document.querySelector('.polrl-lab')")
@@ -149,13 +139,13 @@ def test_a_page_that_is_loaded_again_finds_the_training_lab(open_notebook):
     notebook = open_notebook([TINY, "lab = Lab(Tiny())\nlab"])
     notebook.wait_lab()
     notebook.page.click(".polrl-run")
-    run_until(notebook, 20)
+    notebook.wait_steps(20)
     notebook.command("docmanager:save")
     notebook.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
     notebook.page.reload()
     notebook.wait_kernel()
     notebook.wait_lab()
-    run_until(notebook, 60)
+    notebook.wait_steps(60)
     notebook.page.click(".polrl-pause")
     assert notebook.run_code(f"{COUNT.split('; ')[0]}; print({COUNT.split('; ')[1]})") == "1"
     shown = notebook.page.evaluate("document.querySelector('.polrl-chart .polrl-plot').figure.traces[0].x.slice(0, 3)")

@@ -6,12 +6,13 @@ import functools
 import html
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import ipywidgets as widgets
 
 from polrl.core.knobs import Config, Knob
 
+W = TypeVar("W", bound=widgets.DOMWidget)
 NUDGES = 100  # arrow-key steps over a slider's travel
 
 
@@ -23,15 +24,29 @@ def format_value(value: Any) -> str:
 
 
 @functools.cache
-def _shared(**traits: str) -> widgets.Layout:
-    """Return one layout for all widgets that want it so: each costs the page as much as a widget."""
+def _layout(**traits: str) -> widgets.Layout:
     return widgets.Layout(**traits)
+
+
+@functools.cache
+def _style(kind: type[widgets.Widget]) -> Any:
+    return kind.class_traits()["style"].klass()
+
+
+def lean(kind: type[W], *arguments: Any, layout: Mapping[str, str] | None = None, **traits: Any) -> W:
+    """Make a widget that shares layout and style with all that want the same: each costs the page as much as a widget.
+
+    Neither may be changed afterwards.
+    """
+    if "style" in kind.class_traits():
+        traits["style"] = _style(kind)
+    return kind(*arguments, layout=_layout(**(layout or {})), **traits)
 
 
 def folded(makers: Mapping[str, Callable[[], widgets.Widget]]) -> widgets.Accordion:
     """Return folded panels by title; each is made when it is first opened, for a page takes its time over widgets."""
-    seats = [widgets.VBox() for _ in makers]
-    accordion = widgets.Accordion(seats, titles=tuple(makers), selected_index=None)
+    seats = [lean(widgets.VBox) for _ in makers]
+    accordion = lean(widgets.Accordion, seats, titles=tuple(makers), selected_index=None)
 
     def opened(change: dict[str, Any]) -> None:
         place = change["new"]
@@ -62,14 +77,14 @@ class KnobControl:
         self._value = getattr(config, knob.name)
         self._input, self._box = self._make()
         words = f"back to the default, {format_value(knob.default)}"
-        reset = widgets.Button(description="↺", tooltip=words, layout=_shared(width="30px", padding="0"))
+        reset = lean(widgets.Button, description="↺", tooltip=words, layout={"width": "30px", "padding": "0"})
         reset.add_class("polrl-default").add_class(f"polrl-default-{knob.name}")
         reset.on_click(lambda _: self._moved(knob.default))
-        row = widgets.HBox([w for w in (self._input, self._box, reset) if w is not None], layout=_shared())
+        row = lean(widgets.HBox, [w for w in (self._input, self._box, reset) if w is not None])
         parts = [self._label(), row]
         if knob.first and (knob.at_low or knob.at_high):
             parts.append(self._ends())
-        self.widget = widgets.VBox(parts, layout=_shared(margin="0 0 4px 0")).add_class("polrl-knob")
+        self.widget = lean(widgets.VBox, parts, layout={"margin": "0 0 4px 0"}).add_class("polrl-knob")
 
     def describe(self) -> str:
         """Say in words what the knob is and what its ends do, as tooltip and accessible name."""
@@ -97,30 +112,32 @@ class KnobControl:
         return self.knob.kind == "float" and self.knob.scale != "linear"
 
     def _make(self) -> tuple[Any, Any]:
-        knob, wide = self.knob, _shared(flex="1 1 60px", width="auto", min_width="60px")
+        knob, wide = self.knob, {"flex": "1 1 60px", "width": "auto", "min_width": "60px"}
         shared: dict[str, Any] = {"layout": wide, "description": "", "tooltip": self.describe()}
         if knob.kind == "bool":
-            made = widgets.Checkbox(value=self._value, indent=False, **shared)
+            made = lean(widgets.Checkbox, value=self._value, indent=False, **shared)
         elif knob.kind == "choice":
-            made = widgets.Dropdown(options=knob.options, value=self._value, **shared)
+            made = lean(widgets.Dropdown, options=knob.options, value=self._value, **shared)
         else:
             low, high = knob.bounds(self._config)
             shared |= {"readout": False, "continuous_update": True}
             if knob.kind == "int":
                 step = 2 if knob.odd else knob.step
                 start = int(low) + (1 - int(low) % 2 if knob.odd else 0)
-                made = widgets.IntSlider(min=start, max=int(high), step=step, value=self._value, **shared)
+                made = lean(widgets.IntSlider, min=start, max=int(high), step=step, value=self._value, **shared)
             elif self._by_position:
                 place = knob.to_position(self._value, self._config)
-                made = widgets.FloatSlider(min=0.0, max=1.0, step=1 / (2 * NUDGES), value=place, **shared)
+                made = lean(widgets.FloatSlider, min=0.0, max=1.0, step=1 / (2 * NUDGES), value=place, **shared)
             else:
-                made = widgets.FloatSlider(min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared)
+                made = lean(
+                    widgets.FloatSlider, min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared
+                )
         made.add_class(f"polrl-knob-{knob.name}")
         made.observe(self._slid, "value")
         box = None
         if knob.kind in ("float", "int"):
             kind = widgets.FloatText if knob.kind == "float" else widgets.IntText
-            box = kind(value=self._value, continuous_update=False, layout=_shared(width="74px"))
+            box = lean(kind, value=self._value, continuous_update=False, layout={"width": "74px"})
             box.add_class(f"polrl-value-{knob.name}")
             box.observe(self._typed, "value")
         return made, box
@@ -132,13 +149,13 @@ class KnobControl:
         name = knob.name.replace("_", " ")
         words = html.escape(self.describe(), quote=True)
         label = f'<span class="polrl-name" title="{words}">{name}{symbol}</span>{paper}'
-        return widgets.HTMLMath(label, layout=_shared())
+        return lean(widgets.HTMLMath, label)
 
     def _ends(self) -> widgets.HTML:
         low, high = html.escape(self.knob.at_low), html.escape(self.knob.at_high)
         style = "display:flex;justify-content:space-between;gap:1em;line-height:1.25;font-size:11px;opacity:.75"
         words = f'<span>{low}</span><span style="text-align:right">{high}</span>'
-        return widgets.HTML(f'<div class="polrl-ends" style="{style}">{words}</div>', layout=_shared())
+        return lean(widgets.HTML, f'<div class="polrl-ends" style="{style}">{words}</div>')
 
     def _slid(self, change: dict[str, Any]) -> None:
         if self._quiet:

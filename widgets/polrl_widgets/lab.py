@@ -7,7 +7,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from polrl.core.tape import Tape
 
 from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
 from .board import Board, Track, TrackFrame
-from .controls import KnobControl, StructurePanel, folded, format_value
+from .controls import KnobControl, StructurePanel, folded, format_value, lean
 from .lifecycle import opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
@@ -147,11 +147,11 @@ class Lab:
             self.driver.play()
 
     def _lay_out(self) -> None:
-        self._seats = widgets.VBox()
+        self._seats = lean(widgets.VBox)
         self._seat()
         beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
         left = widgets.VBox([self._transport(), self._seats, self._tools()], layout=beside).add_class("polrl-controls")
-        self._plain_words = widgets.HTML()
+        self._plain_words = lean(widgets.HTML)
         self._plain_picture = widgets.Image(format="png")
         hidden = widgets.Layout(display="" if self.mode == "plain" else "none", min_width="0")
         self._plain = widgets.VBox([self._plain_words, self._plain_picture], layout=hidden).add_class("polrl-plain")
@@ -162,7 +162,7 @@ class Lab:
 
     def _bench(self, run: Run, track: Track, arm: str = "") -> Bench:
         controls: dict[str, KnobControl] = {}
-        bench = Bench(run, track, controls, widgets.VBox(), arm=arm)
+        bench = Bench(run, track, controls, lean(widgets.VBox), arm=arm)
         if arm:  # it has no controls, and shows what makes it that arm
             bench.applied = {name: format_value(value) for name, value in self._arms[arm][1].items()}
             return bench
@@ -176,15 +176,12 @@ class Lab:
         return bench
 
     def _heading(self, bench: Bench) -> widgets.HBox:
-        words = widgets.HTML(
-            f'<b class="polrl-heading">{bench.track.label}</b>', layout=widgets.Layout(flex="1 1 auto")
-        )
+        heading = f'<b class="polrl-heading">{bench.track.label}</b>'
+        words = lean(widgets.HTML, heading, layout={"flex": "1 1 auto"})
         config = bench.run.learner.config
 
         def small(name: str, text: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
-            made = self._button(name, text, "", tooltip, act)
-            made.layout.flex, made.layout.height = "0 0 auto", "24px"
-            return made
+            return self._button(name, text, "", tooltip, act, {"flex": "0 0 auto", "height": "24px"})
 
         defaults = {name: knob.default for name, knob in config.knobs.items()}
         buttons = [small("defaults", "defaults", "all knobs at their defaults", lambda: self._turn(bench, defaults))]
@@ -195,7 +192,7 @@ class Lab:
             )
             buttons.append(turn)
         buttons.append(small("remove", "×", "take this run off the table", lambda: self.remove(bench.run)))
-        return widgets.HBox([words, *buttons], layout=widgets.Layout(align_items="center"))
+        return lean(widgets.HBox, [words, *buttons], layout={"align_items": "center"})
 
     def _mover(self, bench: Bench) -> Callable[[str, Any], None]:
         def moved(name: str, value: Any) -> None:
@@ -220,9 +217,17 @@ class Lab:
         for name, value in values.items():
             bench.controls[name].show(value)
 
-    def _button(self, name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
+    def _button(
+        self,
+        name: str,
+        words: str,
+        icon: str,
+        tooltip: str,
+        act: Callable[[], Any],
+        layout: Mapping[str, str] | None = None,
+    ) -> widgets.Button:
         """Return a button whose failures are told on the board."""
-        return button(name, words, icon, tooltip, lambda: self._carefully(act))
+        return button(name, words, icon, tooltip, lambda: self._carefully(act), layout)
 
     def _transport(self) -> widgets.VBox:
         made = self._button
@@ -232,21 +237,20 @@ class Lab:
             made("step1", "step", "step-forward", "do one update", lambda: self.play(1)),
             made("step100", "100", "fast-forward", "do a hundred updates", lambda: self.play(100)),
         ]
-        self._rewind_to = widgets.IntText(value=0, layout=widgets.Layout(width="74px"))
+        self._rewind_to = lean(widgets.IntText, value=0, layout={"width": "74px"})
         self._rewind_to.add_class("polrl-rewind-step")
         second = [
             made("fork", "fork", "code-branch", "split the first run in two", self.fork),
             made("reset", "reset", "fast-backward", "begin anew with the present knobs", self.reset),
         ]
-        speed = widgets.Dropdown(
-            options=SPEEDS, tooltip="updates per second at the most", layout=widgets.Layout(flex="1 1 0", width="auto")
-        ).add_class("polrl-speed")
+        limit = "updates per second at the most"
+        speed = lean(widgets.Dropdown, options=SPEEDS, tooltip=limit, layout={"flex": "1 1 0", "width": "auto"})
+        speed.add_class("polrl-speed")
         speed.observe(lambda change: setattr(self.driver, "speed_limit", change["new"]), "value")
         back = made("rewind", "rewind to", "history", "go back to this step", lambda: self.rewind())
         third = [back, self._rewind_to]
-        return widgets.VBox([widgets.HBox(row) for row in (first, [*second, speed], third)]).add_class(
-            "polrl-transport"
-        )
+        rows = [lean(widgets.HBox, row) for row in (first, [*second, speed], third)]
+        return lean(widgets.VBox, rows).add_class("polrl-transport")
 
     def _tools(self) -> widgets.Accordion:
         acts: dict[str, Callable[..., Any]] = {"save": self.save_tape, "load": self.load_tape, "replay": self.replay}

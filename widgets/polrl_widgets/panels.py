@@ -12,15 +12,17 @@ from polrl.core.learner import Learner
 from polrl.core.study import Study
 from polrl.core.tape import Change
 
-from .controls import format_value
+from .controls import format_value, lean
 
 SHOWN_CHANGES = 200
 
 
-def button(name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any]) -> widgets.Button:
-    """Return a button of the CSS class polrl-NAME that takes its share of a row."""
-    layout = widgets.Layout(flex="1 1 0", width="auto", min_width="0", padding="0 4px")
-    made = widgets.Button(description=words, icon=icon, tooltip=tooltip, layout=layout)
+def button(
+    name: str, words: str, icon: str, tooltip: str, act: Callable[[], Any], layout: Mapping[str, str] | None = None
+) -> widgets.Button:
+    """Return a button of the CSS class polrl-NAME that takes its share of a row, if `layout` says nothing else."""
+    layout = {"flex": "1 1 0", "width": "auto", "min_width": "0", "padding": "0 4px", **(layout or {})}
+    made = lean(widgets.Button, description=words, icon=icon, tooltip=tooltip, layout=layout)
     made.add_class(f"polrl-{name}")
     made.on_click(lambda _: act())
     return made
@@ -101,7 +103,7 @@ class ChoicePanel:
     ) -> None:
         self.boxes: dict[str, widgets.Checkbox] = {}
         for key, words in names.items():
-            box = widgets.Checkbox(value=checked, description=words, indent=False, layout=widgets.Layout(width="auto"))
+            box = lean(widgets.Checkbox, value=checked, description=words, indent=False, layout={"width": "auto"})
             box.add_class(f"polrl-{css}-{key.replace(' ', '_')}")
             box.observe(lambda change, key=key: on_change(key, change["new"]), "value")
             self.boxes[key] = box
