@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from polrl.core.errors import DivergedError, PolrlError, unknown_name
+from polrl.core.errors import DataError, DivergedError, PolrlError, unknown_name
 
 USAGE = """usage: polrl COMMAND [...]
 
@@ -19,6 +19,7 @@ USAGE = """usage: polrl COMMAND [...]
   sweep SLUG --over K=A,B  train at many strengths in parallel; a killed sweep resumes
   runs                     saved runs: list, clean
   check SLUG               the contract, test by test, on one method
+  data list                data sets: list, check, make larger ones, fetch official ones
   new SLUG [--chapter C]   a method of your own: files that keep the contract from the first minute
   lab                      JupyterLab on the course
   doctor                   what is installed, and whether it works together
@@ -402,6 +403,85 @@ def check(words: list[str]) -> int:
     return 1 if failed else 0
 
 
+DATA_USAGE = """usage: polrl data ACTION ...
+
+  list            the data sets: those that come with polrl, and those in your Minari folder
+  check [NAME]    whether they are whole, and what they hold is in order; all of them, or one
+  make KIND ...   run the script that makes such data, with its own options: polrl data make KIND --help
+  fetch ID        download an official Minari set, such as mujoco/hopper/medium-v0"""
+
+
+def data(words: list[str]) -> int:
+    """List, check, make or fetch data sets."""
+    from polrl.core import data as sets
+
+    actions = {"list": (0, 0), "check": (0, 1), "make": (1, 1000), "fetch": (1, 1)}  # how many words may follow
+    if not words or words[0] in ("-h", "--help"):
+        print(DATA_USAGE)
+        return 0 if words else 2
+    action, rest = words[0], words[1:]
+    if action not in actions:
+        raise unknown_name("action", action, actions)
+    if action != "make" and {"-h", "--help"} & set(rest):
+        print(DATA_USAGE)
+        return 0
+    least, most = actions[action]
+    if not least <= len(rest) <= most or (rest and rest[0].startswith("-")):
+        kinds = f"; kinds: {', '.join(sets.makers())}" if action == "make" else ""
+        raise PolrlError(f"polrl data {' '.join(words)} was not understood{kinds}; see polrl data --help")
+    if action == "make":
+        return sets.make(rest[0], rest[1:])
+    if action == "list":
+        return _list_data(sets)
+    if action == "check":
+        return _check_data(sets, rest)
+    print(f"fetching {rest[0]} into {sets.minari_folder()} ...", flush=True)
+    try:
+        added = sets.fetch(rest[0])
+    except DataError as error:
+        print(f"polrl: {error}", file=sys.stderr)
+        return 1
+    print(f"fetched: {', '.join(added)}" if added else "it is there already")
+    return 0
+
+
+def _list_data(sets: Any) -> int:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, found = _console(), [*sets.included_sets(), *sets.local_minari_sets()]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("data set", min_width=max((len(each.name) for each in found), default=0))
+    for heading, width in (("rows", 9), ("MB", 5), ("mean return", 11)):
+        table.add_column(heading, justify="right", min_width=width)
+    table.add_column("what", no_wrap=True, overflow="ellipsis")
+    for each in found:
+        rows = "" if each.rows is None else f"{each.rows:,}"
+        mean_return = "" if each.mean_return is None else f"{each.mean_return:.1f}"
+        table.add_row(each.name, rows, f"{each.nbytes / 1e6:.1f}", mean_return, escape(each.problem or each.kind))
+    console.print(table)
+    print(f"\n{len(found)} data sets, {sum(each.nbytes for each in found) / 1e6:.1f} MB; to make more: polrl data make")
+    return 0
+
+
+def _check_data(sets: Any, names: list[str]) -> int:
+    chosen = [sets.find_set(name) for name in names] or [*sets.included_sets(), *sets.local_minari_sets()]
+    failed = 0
+    for each in chosen:
+        try:
+            count = sets.check_files(each)
+            words = f"{count} files as their manifest says" if count else "no manifest"
+            if each.form == "minari":
+                from polrl.worlds.offline_data import load_offline
+
+                words += f"; {len(load_offline(str(each.folder))):,} rows in order"
+            print(f"ok      {each.name}: {words}")
+        except DataError as error:
+            failed += 1
+            print(f"FAILED  {each.name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 @dataclasses.dataclass
 class NewOptions:
     """What `polrl new` takes."""
@@ -489,6 +569,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep_command,
     "runs": runs,
     "check": check,
+    "data": data,
     "new": new,
     "lab": lab,
     "doctor": doctor,

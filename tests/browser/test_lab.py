@@ -169,7 +169,7 @@ def test_structure_panel_starts_a_new_run_and_refuses_what_can_not_be(lab):
     box.fill("6")
     box.press("Enter")
     lab.page.click(".polrl-restart")
-    lab.page.wait_for_function("() => document.querySelector('.polrl-step').dataset.value === '0'")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-step')?.dataset.value === '0'")
     assert lab.run_code("print(lab.run.learner.config.width)") == "6"
 
 
