@@ -470,7 +470,7 @@ def _check_data(sets: Any, names: list[str]) -> int:
     for each in chosen:
         try:
             count = sets.check_files(each)
-            words = f"{count} files as their manifest says" if count else "no manifest"
+            words = f"{count} file(s) as the manifest says" if count else "no manifest"
             if each.form == "minari":
                 from polrl.worlds.offline_data import load_offline
 
