@@ -1,0 +1,1 @@
+"""Language models: what reinforcement learning adds to them, and what keeps it in bounds."""

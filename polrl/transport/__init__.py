@@ -1,0 +1,1 @@
+"""Optimal transport: plans and maps that move mass cheaply, and what regularizes them."""
