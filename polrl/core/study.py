@@ -31,7 +31,7 @@ class Criterion:
     """One statement that the figures bear out or don't.
 
     For each seed the figure is `plus` less `minus`; the statement counts as shown if the whole 95 % interval
-    of its mean over seeds (Student's t, paired by seed) lies above `above` and, where it is given, below `below`.
+    of its mean over seeds (Student's t, paired by seed) lies above `above` and below `below`, as far as they are given.
 
     Parameters
     ----------
@@ -42,15 +42,22 @@ class Criterion:
         Arm and metric; "metric@phase" is the metric at the end of a phase. Of several arms (the strengths of a
         sweep) the one with the highest mean over seeds is taken. Without `minus`, zero is taken.
     above, below : float
-        In the metric's unit; no upper bound if `below` is not given.
+        In the metric's unit. Without both the figure must lie above 0; with one of them the other side is open.
     """
 
     name: str
     statement: str
     plus: Side
     minus: Side | None = None
-    above: float = 0.0
+    above: float | None = None
     below: float | None = None
+
+    @property
+    def least(self) -> float:
+        """What the interval must lie above."""
+        if self.above is not None:
+            return self.above
+        return 0.0 if self.below is None else -math.inf
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,9 @@ class Verdict:
     @property
     def must_lie(self) -> str:
         """Where the interval must lie, in words."""
-        return f"above {self.above:g}" if self.below is None else f"between {self.above:g} and {self.below:g}"
+        if self.below is None:
+            return f"above {self.above:g}"
+        return f"below {self.below:g}" if math.isinf(self.above) else f"between {self.above:g} and {self.below:g}"
 
     def __str__(self) -> str:
         word = "SHOWN" if self.shown else "NOT SHOWN"
@@ -299,7 +308,7 @@ class Study:
             )
             values = [a - b for a, b in zip(ahead, behind, strict=True)]
             interval = Interval.of(values)
-            shown = interval.low > criterion.above
+            shown = interval.low > criterion.least
             if criterion.below is not None:
                 shown = shown and interval.high < criterion.below
             verdicts.append(
@@ -308,7 +317,7 @@ class Study:
                     criterion.statement,
                     values,
                     interval,
-                    criterion.above,
+                    criterion.least,
                     shown=shown,
                     below=criterion.below,
                     arms=" against ".join(filter(None, (plus, minus))),

@@ -84,6 +84,14 @@ def test_a_criterion_with_two_bounds_is_shown_only_between_them():
     assert "between 0.5 and 1.5" in str(study([inside]).judge(rows)[0])
 
 
+def test_a_criterion_with_an_upper_bound_alone_is_open_below():
+    rows = [{"arm": "large", "seed": s, "score": v} for s, v in enumerate((-0.1, 0.0, 0.1))]
+    under, plain = Criterion("c", "s", plus=("large", "score"), below=0.5), Criterion("c", "s", plus=("large", "score"))
+    verdicts = study([under, plain]).judge(rows)
+    assert [v.shown for v in verdicts] == [True, False]
+    assert "must lie below 0.5" in str(verdicts[0]) and "must lie above 0;" in str(verdicts[1])
+
+
 def test_of_several_arms_the_one_with_the_highest_mean_is_taken():
     scores = {"small": (1.0, 2.0), "large": (5.0, 0.0), "walk": (1.0, 1.0)}
     rows = [{"arm": a, "seed": s, "score": v} for a, pair in scores.items() for s, v in enumerate(pair)]

@@ -1,0 +1,1 @@
+"""Reinforcement learning of diffusion samplers, and what keeps it near the data."""
