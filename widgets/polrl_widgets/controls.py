@@ -39,7 +39,7 @@ def lean(kind: type[W], *arguments: Any, layout: Mapping[str, str] | None = None
     Neither may be changed afterwards.
     """
     if "style" in kind.class_traits():
-        traits["style"] = _style(kind)
+        traits["style"] = _style(kind)  # type: ignore[arg-type]  # a class is hashable
     return kind(*arguments, layout=_layout(**(layout or {})), **traits)
 
 
