@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from polrl.core.errors import PolrlError
-from polrl.core.files import find_asset, read_checked
+from polrl.core.files import find_asset
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,14 @@ def _course() -> Finding:
 
 
 def _data() -> Finding:
-    checked = []
-    for manifest in sorted(find_asset("data").glob("*/manifest.json")):
-        told = json.loads(manifest.read_text(encoding="utf-8"))
-        read_checked(manifest.parent / told["file"], told["sha256"])
-        checked.append(manifest.parent.name)
-    if not checked:
+    from polrl.core.data import check_files, included_sets
+
+    sets = included_sets()
+    if not sets:
         raise PolrlError("no data set was found")
+    for data_set in sets:
+        check_files(data_set)
+    checked = [data_set.name for data_set in sets]
     return Finding("data", True, f"{', '.join(checked)}: checksums hold")
 
 

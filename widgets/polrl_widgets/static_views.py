@@ -124,7 +124,7 @@ def draw_curves(
     for axes in grid[len(curves) :]:
         axes.set_visible(False)
     for axes, curve in zip(grid, curves, strict=False):
-        _dress(axes, curve.title)
+        _dress(axes, curve.title, min(10.0, 360 / max(len(curve.title), 1)))  # not into the next chart's title
         for name in sorted(histories, key=lambda name: name not in ghosts):
             _draw_run(axes, curve, histories[name], name, color(places.get(name, 0)), name in ghosts)
         _draw_marks(axes, marks)
@@ -138,9 +138,9 @@ def draw_curves(
     return figure
 
 
-def _dress(axes: Axes, title: str) -> None:
+def _dress(axes: Axes, title: str, size: float = 10.0) -> None:
     """Give axes the house style, without touching matplotlib's global settings."""
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(EDGE)
     axes.tick_params(length=0, which="both", labelsize=8.5, labelcolor=MUTED)
@@ -293,6 +293,8 @@ def _draw_points(view: Points, axes: Axes) -> None:
         points = np.asarray(group)
         axes.scatter(points[:, 0], points[:, 1], s=9, alpha=0.65, color=color(i), label=name, linewidths=0)
     _label(axes, view)
+    if view.x_range and view.x_range == view.y_range:  # a plane with one unit, in which a ring is a ring
+        axes.set_aspect("equal", anchor="W")
     _legend(axes, view.groups)
 
 

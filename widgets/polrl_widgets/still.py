@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from polrl.core.run import Run
-from polrl.core.views import View
+from polrl.core.views import Points, View
 
 from .static_views import draw_curves, draw_view, new_figure, to_png
 
@@ -120,7 +120,7 @@ def _together(run: Run) -> pd.DataFrame:
 
 
 def _views_picture(views: dict[str, View]) -> tuple[bytes, str]:
-    heights = [2.6 if _is_wide(view) else 2.3 for view in views.values()]
+    heights = [3.4 if isinstance(view, Points) else 2.6 if _is_wide(view) else 2.3 for view in views.values()]
     figure = new_figure(10.0, sum(heights))
     parts = figure.subfigures(len(views), 1, height_ratios=heights, squeeze=False).ravel()
     for part, view in zip(parts, views.values(), strict=True):
