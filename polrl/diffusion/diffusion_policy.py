@@ -98,7 +98,7 @@ class Config(polrl.Config):
 
 @equation(
     "E2",
-    r"L_{\rm BC}=\mathrm{mean}\,\big\|\epsilon_\theta(a_t,t,s)-\epsilon\big\|^2,\quad"
+    r"L_{\rm BC}=\mathrm{mean}\,\big\|\epsilon_\theta(a_t,t,s)-\epsilon\big\|^2,\quad "
     r"a_t=\sqrt{\bar\alpha_t}\,a+\sqrt{1-\bar\alpha_t}\,\epsilon",
     source="Ho et al. 2020; Chi et al. 2023",
 )

@@ -7,8 +7,10 @@ logged at a given place is usually bad, but a good one was logged very near.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,22 +31,30 @@ def move(x: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return following, STEP_REWARD + GOAL_REWARD * arrived, arrived
 
 
-@functools.lru_cache(maxsize=16)
 def line_diary(rows: int, seed: int, device: str) -> OfflineData:
     """Return a diary of `rows` unconnected steps, always the same for one seed.
 
     The places are uniform in [0, 9]; an action is uniform in [0.7, 1] with probability 0.15, in [-1, 0.4] otherwise.
     """
+    diary = _diary(rows, seed)
+    if torch.device(device).type == "cpu":
+        return diary
+    columns: dict[str, Any] = {n: column.to(device) for n, column in vars(diary).items() if isinstance(column, Tensor)}
+    return dataclasses.replace(diary, **columns)
+
+
+@functools.lru_cache(maxsize=16)
+def _diary(rows: int, seed: int) -> OfflineData:
     rng = np.random.default_rng(derive_seed(seed, "line diary"))
     x = rng.uniform(0, GOAL, size=rows)
     good = rng.uniform(size=rows) < GOOD_SHARE
     action = np.where(good, rng.uniform(0.7, 1.0, size=rows), rng.uniform(-1.0, 0.4, size=rows))
     place, moved = (torch.tensor(values, dtype=torch.float32).unsqueeze(1) for values in (x, action))
-    following, reward, arrived = (column.to(device) for column in move(place, moved))
-    every = torch.arange(rows, device=device)
+    following, reward, arrived = move(place, moved)
+    every = torch.arange(rows)
     return OfflineData(
-        observations=place.to(device),
-        actions=moved.to(device),
+        observations=place,
+        actions=moved,
         rewards=reward[:, 0],
         next_observations=following,
         terminals=arrived[:, 0],
@@ -52,8 +62,8 @@ def line_diary(rows: int, seed: int, device: str) -> OfflineData:
         episode_ends=every + 1,
         name="line-diary",
         task="",
-        action_low=torch.full((1,), -1.0, device=device),
-        action_high=torch.full((1,), 1.0, device=device),
+        action_low=torch.full((1,), -1.0),
+        action_high=torch.full((1,), 1.0),
     )
 
 
