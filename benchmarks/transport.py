@@ -4,11 +4,7 @@
 
 Both sides run scipy's L-BFGS-B from zero on the same problem with the same tolerance and the same most iterations, so
 both make the same steps, up to rounding; the values that they reach are given beside the ratio of processor times. POT
-is no dependency of polrl. To have it beside polrl without touching this environment, make another one that sees it:
-
-    python -m venv --system-site-packages /tmp/peers        # or a .pth file that names this one's site-packages
-    /tmp/peers/bin/pip install --no-deps POT==0.9.7
-    PYTHONPATH=. /tmp/peers/bin/python -c "from benchmarks import transport; transport.main([])"
+is no dependency of polrl: `make bench-peers` makes an environment that has it.
 """
 
 from __future__ import annotations
