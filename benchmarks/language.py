@@ -16,13 +16,12 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.timing import interleaved, repeat
+from benchmarks.timing import interleaved, repeat, timed
 from polrl.language.grpo import GRPO
 from polrl.language.one_token_rollout import OneTokenRollout, sft_loss
 from polrl.models.tiny_lm import make_tokenizer, new_tiny_lm
@@ -30,13 +29,6 @@ from polrl.worlds.text_tasks import Arithmetic
 
 PROMPTS, GROUP, TOKENS, RATE = 8, 8, 8, 2e-4
 SAMPLES = PROMPTS * GROUP
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the processor seconds of a work: on one thread they are what a free machine would take."""
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
 
 
 # ---- GRPO beside TRL -------------------------------------------------------------------------------------------
@@ -114,7 +106,7 @@ def compare_grpo(rounds: int, steps: int) -> dict[str, float]:
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if state.global_step % steps == 0:
                 theirs.append(time.process_time() - self.begun)
-                ours.append(timed(lambda: work(steps)))
+                ours.append(timed(lambda: work(steps))[1])
                 lengths.append(float(learner.batch.mask.sum(dim=1).mean()))
                 self.begun = time.process_time()
 

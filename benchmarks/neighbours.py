@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
+from benchmarks.timing import timed
 from polrl.worlds.neighbours import NearestPairs
 
 Asked = tuple[torch.Tensor, torch.Tensor]
@@ -57,13 +58,6 @@ def batches(states: torch.Tensor, actions: torch.Tensor, rng: np.random.Generato
         yield states[own], (0.75 * actions[own] + 0.25 * actions[other] + noise).clamp(-1, 1)
 
 
-def timed(search: NearestPairs | AsOnTheCard, asked: Asked, beta: float) -> tuple[torch.Tensor, float]:
-    """Return the rows, and the processor's seconds: on one thread they are what a free machine would take."""
-    begun = time.process_time()
-    found = search.query(*asked, beta)
-    return found, time.process_time() - begun
-
-
 def compare(states: torch.Tensor, actions: torch.Tensor, beta: float, rounds: int, rng: np.random.Generator) -> dict:
     """Return ratios (ours / the card's), interleaved, and our longest call in milliseconds."""
     ours, card = NearestPairs(states, actions), AsOnTheCard(states, actions)
@@ -82,7 +76,8 @@ def compare(states: torch.Tensor, actions: torch.Tensor, beta: float, rounds: in
             questions = [next(asked) for _ in range(standing or 5)]
             spent = [0.0, 0.0]
             for question in questions:
-                found, took = zip(*(timed(search, question, now) for search in (ours, card)), strict=True)
+                asks = [functools.partial(search.query, *question, now) for search in (ours, card)]
+                found, took = zip(*map(timed, asks), strict=True)
                 assert torch.equal(*found), "the two searches disagree"
                 spent = [before + more for before, more in zip(spent, took, strict=True)]
                 longest = max(longest, took[0])

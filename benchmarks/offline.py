@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.timing import interleaved, repeat
+from benchmarks.timing import interleaved, repeat, timed
 from polrl.offline._td3 import Actor, Batch, TwinCritic
 from polrl.offline.td3_bc import TD3BC
 from polrl.worlds.offline_data import OfflineData
@@ -194,9 +193,7 @@ def check_same_steps(learner: TD3BC, plain: PlainLoop, peer: Peer | None, update
 
 def milliseconds(work: Callable[[], object], updates: int) -> float:
     """Return the mean processor time of an update: on one thread it is what a free machine would take."""
-    begun = time.process_time()
-    repeat(work)(updates)
-    return 1e3 * (time.process_time() - begun) / updates
+    return 1e3 * timed(lambda: repeat(work)(updates))[1] / updates
 
 
 def main(words: list[str]) -> None:

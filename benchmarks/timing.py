@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def interleaved(first: Callable[[int], object], second: Callable[[int], object], steps: int, rounds: int) -> float:
@@ -18,6 +21,13 @@ def interleaved(first: Callable[[int], object], second: Callable[[int], object],
             seconds.append(time.perf_counter() - begun)
         ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Return what a work returns, and its processor seconds: on one thread they are what a free machine would take."""
+    begun = time.process_time()
+    found = work()
+    return found, time.process_time() - begun
 
 
 def repeat(work: Callable[[], object]) -> Callable[[int], None]:

@@ -14,12 +14,12 @@ import contextlib
 import io
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.timing import timed
 from polrl.transport.sparsity_constrained_ot import dual, semi_dual, solve
 from polrl.worlds.point_clouds import PointClouds
 
@@ -32,13 +32,6 @@ CASES = (
 )
 GAMMA = 10.0
 TOLERANCE = 1e-9
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what `work` returns and the processor seconds it took."""
-    begun = time.process_time()
-    found = work()
-    return found, time.process_time() - begun
 
 
 def peer(clouds: PointClouds, kind: str, cap: int, formulation: str, iterations: int) -> Callable[[], Any]:

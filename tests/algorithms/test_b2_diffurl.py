@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl.core.conformance import ALL_CHECKS, Case
 from polrl.core.errors import KnobError
@@ -21,17 +22,6 @@ from polrl.diffusion.b2_diffurl import (
 from polrl.diffusion.ddpo import DDPO, clipped_loss
 
 SMALL = {"samples": 12, "steps": 6, "minibatch": 32, "measured": 16, "suffix_start": 2, "growth_stages": 4}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (
-        torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (found, expected)
-    )
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 # ---- E5 ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import close
 from scipy import integrate, stats
 
 from polrl import Run
@@ -42,11 +43,6 @@ OCCUPANCY_TYPES = ("occ_kl", "occ_chi2", "occ_sqrt_chi2", "occ_tv")
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def simplex(*shape: int, seed: int = 0) -> torch.Tensor:

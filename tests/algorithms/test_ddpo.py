@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl import Run
 from polrl.core.conformance import ALL_CHECKS, Case
@@ -26,17 +27,6 @@ from polrl.diffusion.ddpo import (
 from polrl.models.diffusion import DenoisingChain, RingDenoiser, cosine_schedule, step_log_probability
 
 SMALL = {"samples": 8, "steps": 4, "minibatch": 16, "measured": 16}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (
-        torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (found, expected)
-    )
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 # ---- E2 ----------------------------------------------------------------------------------------------------------

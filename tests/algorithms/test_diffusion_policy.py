@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl import Run
 from polrl.core.conformance import ALL_CHECKS, Case
@@ -28,17 +29,6 @@ SMALL = {
     "demonstrations": 1, "pretrain_epochs": 1, "denoising_steps": 4, "finetuned_steps": 2, "environments": 2,
     "horizon": 2, "width": 8,
 }  # fmt: skip
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(
-        torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64),
-        rtol=tolerance, atol=tolerance,
-    )  # fmt: skip
 
 
 # ---- E2 ----------------------------------------------------------------------------------------------------------

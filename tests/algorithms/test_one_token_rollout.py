@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl.core.conformance import ALL_CHECKS, Case
 from polrl.core.errors import KnobError, UnknownNameError
@@ -37,10 +38,6 @@ BETAS = [-1.0, -0.1, 0.0, 0.4, 1.0]
 V = 5
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return logits [3, 4, 5], targets [3, 4] and a mask for answers of 4, 2 and 1 tokens."""
     targets = torch.tensor([[0, 3, 2, 1], [4, 4, 0, 0], [2, 0, 0, 0]])
@@ -55,11 +52,6 @@ def draws(count: int = 6, seed: int = 2) -> torch.Tensor:
 
 def shares(sampled: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.one_hot(sampled, V).double().mean(dim=-2)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def gradient(loss, logits: torch.Tensor) -> torch.Tensor:

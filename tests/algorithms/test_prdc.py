@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import close, normal
 from torch.nn import functional as F
 
 from polrl import Run
@@ -31,21 +32,8 @@ from polrl.offline.td3_bc import actor_loss as cloning_actor_loss
 BETAS = (0.05, 0.7, 2.0, 50.0, 5000.0)
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def logged(count: int = 40, ds: int = 3, da: int = 2, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return normal(count, ds, seed=seed), normal(count, da, seed=seed + 1).tanh()
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(
-        torch.as_tensor(found, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
 
 
 def squared_distance(s, a, other_s, other_a, beta) -> float:

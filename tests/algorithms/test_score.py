@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl import Run, equations
 from polrl.core.errors import KnobError, UnknownNameError
@@ -34,19 +35,8 @@ from polrl.worlds.text_tasks import RewardError, held_out
 ROWS, TOKENS, WORDS, GROUP = 6, 5, 4, 3
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def bits(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (
-        torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (found, expected)
-    )
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 def softmax(row: list[float]) -> list[float]:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import close, normal
 from scipy.optimize import brentq, linear_sum_assignment, minimize
 
 from polrl import Run
@@ -37,17 +38,8 @@ from polrl.worlds.point_clouds import PointClouds, exact_transport
 REGULARIZERS = ("k_sparse", "quadratic", "entropic")
 
 
-def close(found, expected, tolerance=1e-12):
-    found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
 def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def weights(size, seed=0):

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from closeness import close, normal
 
 from polrl.core.device import torch_threads
 from polrl.core.errors import DataError, UnknownNameError
@@ -58,19 +59,8 @@ def _one_thread():
         yield
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def close(found, expected, tolerance=1e-12):
-    found, expected = (
-        torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (found, expected)
-    )
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 class Recorder:
