@@ -44,22 +44,26 @@ done = run.step - start
 print(done / (time.perf_counter() - begun), done / (time.thread_time() - cpu))
 """
 
-# Presses of the arrow key, each timed until the page shows and has painted what the step was trained with.
+# Presses of the arrow key, each timed until the page shows and has painted what the step was trained with: the
+# animation frame after the one in which the text changed.
 WATCH = """
 () => {
   window.polrlTimes = [];
   const read = () => [document.querySelector('.polrl-knob-mask_strength .noUi-handle').getAttribute('aria-valuetext'),
                       document.querySelector('.polrl-applied-mask_strength').textContent];
+  let begun = null;
+  const look = () => {
+    const [wanted, applied] = read();
+    if (begun === null || Math.abs(parseFloat(wanted) - applied) > 1e-6) return;
+    const key = begun;
+    begun = null;
+    requestAnimationFrame(() => window.polrlTimes.push(performance.now() - key));
+  };
+  new MutationObserver(look).observe(document.querySelector('.polrl-tracks'),
+                                     { childList: true, characterData: true, subtree: true });
   document.querySelector('.polrl-knob-mask_strength .noUi-handle').addEventListener('keydown', () => {
-    const begun = performance.now();
-    const look = () => {
-      const [wanted, applied] = read();
-      const painted = () => window.polrlTimes.push(performance.now() - begun);
-      if (Math.abs(parseFloat(wanted) - applied) < 1e-6) requestAnimationFrame(painted);
-      else if (performance.now() - begun < 5000) setTimeout(look, 1);
-      else window.polrlTimes.push(5000);
-    };
-    setTimeout(look, 0);
+    if (begun !== null) window.polrlTimes.push(5000);  // the one before was never answered
+    begun = performance.now();
   }, true);
 }
 """
@@ -91,25 +95,29 @@ def in_browser(browser, server, seconds: float, moves: int) -> dict[str, object]
     )
     first = page.evaluate("performance.now() - window.polrlBegun")
     page.evaluate("document.querySelector('.polrl-lab').scrollIntoView()")
-    page.wait_for_timeout(3000)
     page.evaluate(WATCH)
+    begin = _kernel(notebook)
     page.locator(".polrl-knob-mask_strength .noUi-handle").focus()
-    cpu = float(notebook.read("lab.driver.cpu_seconds()"))
-    page.locator(".polrl-knob-mask_strength .noUi-handle").focus()
+    page.wait_for_timeout(3000)  # JupyterLab is busy for a second after it has run a cell
     steps, begun = _steps(page)
     for move in range(moves):
         page.keyboard.press("ArrowRight" if move % 10 >= 5 else "ArrowLeft")
         page.wait_for_timeout(1000 * seconds / moves)
     last, ended = _steps(page)
     times = page.evaluate("window.polrlTimes")
-    told = notebook.read("(lab.board.messages_sent, lab.board.bytes_sent, lab.driver.cpu_seconds())")
-    messages, size, cpu_end = json.loads(told.replace("(", "[").replace(")", "]"))
+    end = _kernel(notebook)
+    trained, cpu, messages, size = (after - before for before, after in zip(begin, end, strict=True))
     if shot := os.environ.get("POLRL_SCREENSHOT"):
         page.screenshot(path=shot)
     notebook.close()
     rate = 1000 * (last - steps) / (ended - begun)
-    per_cpu = (last - steps) / (cpu_end - cpu)
-    return {"rate": rate, "per_cpu": per_cpu, "times": times, "message": size / messages, "first": first}
+    return {"rate": rate, "per_cpu": trained / cpu, "times": times, "message": size / messages, "first": first}
+
+
+def _kernel(notebook) -> list[float]:
+    """Return steps, processor time of the training thread, messages and bytes so far."""
+    told = "[lab.run.step, lab.driver.cpu_seconds(), lab.board.messages_sent, lab.board.bytes_sent]"
+    return json.loads(notebook.read(told))
 
 
 def _steps(page) -> tuple[int, float]:

@@ -14,6 +14,9 @@ from polrl.core.device import torch_threads
 from polrl.core.errors import DivergedError, KnobError
 from polrl.core.run import Run
 
+#: The training thread rests so long after a command, so that the answer gets to the screen.
+COURTESY_SECONDS = 0.004
+
 
 class Driver:
     """A thread that advances one or more runs in turn, carries out their commands between updates, and pauses.
@@ -38,7 +41,7 @@ class Driver:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs: list[Run] = []
         self.on_tick: Callable[[], None] | None = None
-        self.tick_seconds = 0.2
+        self.tick_seconds = 0.25
         self.speed_limit: float | None = None
         self.error = ""
         self._rounds_left: float = 0
@@ -137,6 +140,8 @@ class Driver:
                     self._cpu_seconds = time.thread_time()
                     self._tick()
                     self._heed()
+                    if served and self._rounds_left > 0:
+                        time.sleep(COURTESY_SECONDS)
                 if self._rounds_left <= 0:
                     with self._wake:
                         if self._rounds_left <= 0 and not self._stopping and not self._commands_waiting():

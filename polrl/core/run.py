@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ T = TypeVar("T")
 CHECK_SECONDS = 0.25
 #: Metrics of so many steps are kept unread at the most.
 CHECK_STEPS = 500
+#: Upkeep waits so long after a person has moved a knob, evaluations until it has rested for so long; seconds.
+ANSWER_SECONDS, SETTLED_SECONDS = 0.15, 0.4
 MAX_SNAPSHOTS = 64
 MAX_SNAPSHOT_BYTES = 512 * 1024**2
 
@@ -97,9 +100,9 @@ class Run:
         self.autosave = autosave
         self.ghosts: list[Ghost] = []
         self.phase_marks: list[tuple[int, str]] = []
-        #: Evaluations that are due wait until then (time.monotonic), and other upkeep as well as it can: while a
-        #: person moves a knob, say.
-        self.busy_until = 0.0
+        #: When a person last moved a knob (time.monotonic): evaluations wait until the knob rests, other upkeep for
+        #: the moment that the answer takes.
+        self.touched = -math.inf
         self._evaluation_waits = False
         #: What a person should know: a save that failed, a fallback that was used; "" if nothing.
         self.message = ""
@@ -218,8 +221,9 @@ class Run:
         now = time.monotonic()
         if self._followed is not None and learner.step in self._script:
             self._set_knobs(self._script[learner.step])
-        waits = now < self.busy_until  # a person turns a knob: upkeep may wait a little
-        if now >= self._snapshot_due + (2.0 if waits else 0.0):
+        touched = now - self.touched  # a person turns a knob: upkeep leaves the answer its time
+        patience = 2.0 if touched < ANSWER_SECONDS else 0.0
+        if now >= self._snapshot_due + patience:
             self._snapshot()
         phase = learner.phase
         step = learner.step + 1
@@ -232,11 +236,11 @@ class Run:
             self.phase_marks.append((step, learner.phase))
         if self.evaluate_every and step % self.evaluate_every == 0:
             self._evaluation_waits = True
-        if learner.phase != phase or (self._evaluation_waits and now >= self.busy_until):
+        if learner.phase != phase or (self._evaluation_waits and touched >= SETTLED_SECONDS):
             self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
-        if self._folder is not None and (not waits or now - self._saved > 2 * self.autosave):
+        if self._folder is not None and (not patience or now - self._saved > 2 * self.autosave):
             self._autosave_if_due()
         if self._followed is not None and step >= self._followed.steps:
             self._end_of_tape()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 import polrl
 from polrl import Bars, Curve, Driver, Learner, Run, knob
 from polrl.core.errors import PolrlError
+from polrl.core.run import ANSWER_SECONDS
 from polrl_widgets import Gallery, Lab, Predict, start
 from polrl_widgets.controls import KnobControl, StructurePanel
 from polrl_widgets.lab import front_end
@@ -68,10 +70,46 @@ def controls():
 
 def test_each_kind_of_knob_has_its_control():
     made, _ = controls()
-    kinds = {name: type(control._input) for name, control in made.items()}
-    assert kinds["strength"] is kinds["rate"] is ipywidgets.FloatSlider
-    assert kinds["width"] is ipywidgets.IntSlider
-    assert kinds["centred"] is ipywidgets.Checkbox and kinds["form"] is ipywidgets.Dropdown
+    inputs = {name: control._input for name, control in made.items()}
+    assert isinstance(inputs["strength"], ipywidgets.FloatSlider) and isinstance(inputs["rate"], ipywidgets.FloatSlider)
+    assert isinstance(inputs["width"], ipywidgets.IntSlider)
+    assert isinstance(inputs["centred"], ipywidgets.Checkbox) and isinstance(inputs["form"], ipywidgets.Dropdown)
+
+
+def test_the_typed_value_follows_the_slider_after_the_answer_and_moves_nothing_itself():
+    made, moved = controls()
+    control = made["rate"]
+    before = control._box.value
+    control._input.value = 0.5
+    assert control._box.value == before and moved == [("rate", pytest.approx(10**-1.5))]
+    control.settle(time.monotonic())
+    assert control._box.value == before  # the answer has its time first
+    control.settle(time.monotonic() + ANSWER_SECONDS)
+    assert control._box.value == pytest.approx(10**-1.5) and len(moved) == 1
+    control._box.value = 0.01  # typed by a person
+    assert moved[-1] == ("rate", 0.01)
+    control.settle(time.monotonic() + 10)
+    assert control._box.value == 0.01 and len(moved) == 2
+
+
+def test_showing_a_value_in_one_thread_hides_no_move_of_another():
+    made, moved = controls()
+    control = made["strength"]
+    inside, done = threading.Event(), threading.Event()
+
+    def meanwhile(_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(10)
+
+    control._box.observe(meanwhile, "value")
+    thread = threading.Thread(target=control.show, args=(0.25,))
+    thread.start()
+    assert inside.wait(10)
+    control._input.value = 1.5  # by hand, while the other thread shows a value
+    done.set()
+    thread.join()
+    assert moved == [("strength", 1.5)]
 
 
 def test_a_slider_move_reports_the_value_of_its_place():

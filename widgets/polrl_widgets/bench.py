@@ -39,6 +39,11 @@ class Bench:
     arm: str = ""
     ghost_tracks: list[str] = field(default_factory=list)
 
+    def settle(self, now: float) -> None:
+        """Bring the controls up to what was done with them a moment ago."""
+        for control in self.controls.values():
+            control.settle(now)
+
 
 class Rate:
     """Updates per second over about the last second."""

@@ -52,7 +52,7 @@ STATIC = pathlib.Path(__file__).parent / "static"
 MAX_NEW_POINTS = 200  # of one curve in one message
 MAX_CLOUD = 2000  # points of one group in a scatter view
 MAX_MARKS = 60  # of one kind
-MAX_IN_FLIGHT = 20  # messages that the page has not painted yet; it answers every 0.7 s
+MAX_IN_FLIGHT = 20  # messages that the page has not painted yet; it answers in time, see board.js
 BYTES_PER_SECOND = 500_000  # Jupyter's server drops what exceeds a megabyte a second
 PATIENCE = (0.25, 1.0)  # seconds: wait for a silent page at first and at most
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import json
-from collections.abc import Callable, Mapping
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ipywidgets as widgets
+import traitlets
 
 from polrl.core.knobs import Config, Knob
+from polrl.core.run import ANSWER_SECONDS
 
 W = TypeVar("W", bound=widgets.DOMWidget)
 NUDGES = 100  # arrow-key steps over a slider's travel
@@ -57,6 +63,16 @@ def folded(makers: Mapping[str, Callable[[], widgets.Widget]]) -> widgets.Accord
     return accordion
 
 
+# ipywidgets sends each move back to the page, for other pages that show the same slider: one message in four, and it
+# goes before the move is acted upon. The value beside the slider tells the other pages as well.
+class _FloatSlider(widgets.FloatSlider):
+    value = traitlets.CFloat(0.0).tag(sync=True, echo_update=False)
+
+
+class _IntSlider(widgets.IntSlider):
+    value = traitlets.CInt(0).tag(sync=True, echo_update=False)
+
+
 class KnobControl:
     """One knob: its name, a slider, the value to type, and the way back to the default.
 
@@ -73,7 +89,8 @@ class KnobControl:
         self.knob = knob
         self._config = config
         self._on_change = on_change
-        self._quiet = False
+        self._quiet = threading.local()  # both threads show values, and each hears its own
+        self._box_due = math.inf
         self._value = getattr(config, knob.name)
         self._input, self._box = self._make()
         words = f"back to the default, {format_value(knob.default)}"
@@ -96,16 +113,33 @@ class KnobControl:
 
     def show(self, value: Any) -> None:
         """Show a value without reporting it as moved by hand."""
-        self._value, self._quiet = value, True
-        try:
+        self._value, self._box_due = value, math.inf
+        with self._quietly():
             if self.knob.kind in ("bool", "choice") or not self._by_position:
                 self._input.value = value
             else:
                 self._input.value = self.knob.to_position(value, self._config)
             if self._box is not None:
                 self._box.value = value
+
+    def settle(self, now: float) -> None:
+        """Bring the typed value up to a slider that was moved a moment ago; `now` is of time.monotonic."""
+        if now >= self._box_due:
+            self._box_due = math.inf
+            if self._box is not None:
+                with self._quietly():
+                    self._box.value = self._value
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        self._quiet.now = True
+        try:
+            yield
         finally:
-            self._quiet = False
+            self._quiet.now = False
+
+    def _heard(self) -> bool:
+        return not getattr(self._quiet, "now", False)
 
     @property
     def _by_position(self) -> bool:
@@ -124,14 +158,12 @@ class KnobControl:
             if knob.kind == "int":
                 step = 2 if knob.odd else knob.step
                 start = int(low) + (1 - int(low) % 2 if knob.odd else 0)
-                made = lean(widgets.IntSlider, min=start, max=int(high), step=step, value=self._value, **shared)
+                made = lean(_IntSlider, min=start, max=int(high), step=step, value=self._value, **shared)
             elif self._by_position:
                 place = knob.to_position(self._value, self._config)
-                made = lean(widgets.FloatSlider, min=0.0, max=1.0, step=1 / (2 * NUDGES), value=place, **shared)
+                made = lean(_FloatSlider, min=0.0, max=1.0, step=1 / (2 * NUDGES), value=place, **shared)
             else:
-                made = lean(
-                    widgets.FloatSlider, min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared
-                )
+                made = lean(_FloatSlider, min=low, max=high, step=(high - low) / NUDGES, value=self._value, **shared)
         made.add_class(f"polrl-knob-{knob.name}")
         made.observe(self._slid, "value")
         box = None
@@ -158,7 +190,7 @@ class KnobControl:
         return lean(widgets.HTML, f'<div class="polrl-ends" style="{style}">{words}</div>')
 
     def _slid(self, change: dict[str, Any]) -> None:
-        if self._quiet:
+        if not self._heard():
             return
         value, slider = change["new"], self._input
         if self._by_position or self.knob.kind == "float":
@@ -171,13 +203,13 @@ class KnobControl:
         elif self.knob.kind == "float":
             low, high = self.knob.bounds(self._config)
             value = min(high, max(low, round(value, 10)))  # the slider's own sums end in ...0000004
-        self._moved(value)
+        self._moved(value, by_slider=True)
 
     def _typed(self, change: dict[str, Any]) -> None:
-        if not self._quiet:
+        if self._heard():
             self._moved(change["new"])
 
-    def _moved(self, value: Any) -> None:
+    def _moved(self, value: Any, by_slider: bool = False) -> None:
         try:
             value = self.knob.check(value, self._config)
         except ValueError:
@@ -185,7 +217,10 @@ class KnobControl:
             self.show(self._value)
             return
         self._on_change(self.knob.name, value)  # first: what follows are messages to the page
-        self.show(value)
+        if by_slider and self._box is not None:
+            self._value, self._box_due = value, time.monotonic() + ANSWER_SECONDS
+        else:
+            self.show(value)
 
 
 class StructurePanel:

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from polrl.core.driver import Driver
 from polrl.core.errors import PolrlError, unknown_name
 from polrl.core.learner import Learner
-from polrl.core.run import Run, learner_class
+from polrl.core.run import ANSWER_SECONDS, SETTLED_SECONDS, Run, learner_class
 from polrl.core.store import new_run_folder
 from polrl.core.tape import Tape
 
@@ -30,13 +30,13 @@ from .still import curves_csv, curves_png, page_png, still_picture
 
 VIEW_SHARE = 1 / 60  # of the training thread's time, for drawing views
 VIEW_SECONDS = 0.25  # between two redraws of the views at the least
+VIEW_PATIENCE = 1.0  # that they wait at the most while a knob moves
 UNSEEN_SECONDS = 75.0  # training pauses when no page has been heard of for so long
 GONE_SECONDS = 3.0  # and so long after the lab was taken off its page
 PLAIN_SECONDS = 8.0  # until the lab draws plain pictures, where the page runs no custom widget
 PLAIN_EVERY = 1.5  # between two of them
 TAPE_SECONDS = 1.0  # between two looks at the tape
 MAX_GHOSTS = 4  # abandoned branches of one run that stay in sight
-SETTLED_SECONDS = 0.4  # a knob that has not moved for so long gets its mark
 SPEEDS = {"full speed": 0.0, "30 a second": 30.0, "10 a second": 10.0, "2 a second": 2.0}
 
 
@@ -150,7 +150,8 @@ class Lab:
         self._seats = lean(widgets.VBox)
         self._seat()
         beside = widgets.Layout(flex="0 0 300px", padding="0 12px 0 0")
-        left = widgets.VBox([self._transport(), self._seats, self._tools()], layout=beside).add_class("polrl-controls")
+        left = widgets.VBox([self._transport(), self._seats, self._tools()], layout=beside)
+        left.add_class("polrl-controls").add_class(f"polrl-controls-{self.id}")
         self._plain_words = lean(widgets.HTML)
         self._plain_picture = widgets.Image(format="png")
         hidden = widgets.Layout(display="" if self.mode == "plain" else "none", min_width="0")
@@ -196,7 +197,7 @@ class Lab:
 
     def _mover(self, bench: Bench) -> Callable[[str, Any], None]:
         def moved(name: str, value: Any) -> None:
-            bench.run.busy_until = time.monotonic() + SETTLED_SECONDS
+            bench.run.touched = time.monotonic()
             future = bench.run.post(lambda: bench.run._tune({name: value}))
             future.add_done_callback(lambda done: self._answered(done.exception()))
             self.driver.nudge()
@@ -290,7 +291,7 @@ class Lab:
                 names[f"polrl-value-{name}"] = f"{name}, type a value"
         names |= {"polrl-rewind-step": "step to rewind to", "polrl-speed": "speed limit"}
         names |= {"polrl-tape-file": "file of the tape", "polrl-tape-code": "code"}
-        self.board.name_sliders(f"polrl-lab-{self.id}", names)
+        self.board.name_sliders(f"polrl-controls-{self.id}", names)
 
     def _carefully(self, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -540,7 +541,11 @@ class Lab:
         )
         # What a person has just turned is shown first, the pictures with the next frame.
         turned = any(len(b.run._tape.changes) != b.changes for b in self._benches)
-        with_views = now >= self._views_due and self.board.ready and not turned
+        answering = now - max(b.run.touched for b in self._benches) < ANSWER_SECONDS
+        patience = VIEW_PATIENCE if answering and training else 0.0
+        with_views = now >= self._views_due + patience and self.board.ready and not turned
+        for bench in self._benches:
+            bench.settle(now)
         if shown == self._shown and not (with_views and self._views_due == 0.0):
             return
         self._shown = shown

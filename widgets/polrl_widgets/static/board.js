@@ -4,7 +4,10 @@ const REST = 6; // plotly rests this many times as long as it drew
 const LONELY = 120; // ms until it goes on drawing without a new message, whose frame it would rather share
 const ANSWER = 120; // ms that pictures leave to the answer to a slider's move
 const HOLD = 500; // ms that they wait at the most while a slider keeps moving
-const ACK_EVERY = 700; // ms between two messages to the kernel, each of which interrupts the training a little
+const ACK_EVERY = 2000; // ms between two messages to the kernel: each interrupts the training, and JupyterLab tells of it
+const ACK_SOON = 700; // ms where many messages have come
+const MANY = 8;
+const SKETCH_EVERY = 200; // ms between two drawings: words may come faster
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
 const POINTED = 150; // ms of pointing until plotly takes over
@@ -513,16 +516,24 @@ class Panel {
     this.waking = null;
     if (this.closed || !this.el.isConnected) return;
     this.painted();
-    const wait = shelf().quickAt - performance.now();
-    if (wait > 0) return void setTimeout(() => this.wake(), wait);
+    if (this.quick.size) this.sketch();
+    // Plotly draws in a task of its own: the words of this frame are painted before it begins.
+    if (this.queue.size) setTimeout(() => this.drawNext());
+  }
+
+  sketch() {
+    const wait = Math.max(shelf().quickAt, (this.sketchedAt ?? 0) + SKETCH_EVERY) - performance.now();
+    if (wait > 0) {
+      clearTimeout(this.waiting);
+      this.waiting = setTimeout(() => this.wake(), wait);
+      return;
+    }
     for (const [figure, draw] of this.quick) {
       this.quick.delete(figure);
       draw();
       figure.drawn = true;
     }
-    shelf().sketchedAt = performance.now();
-    // Plotly draws in a task of its own: the words of this frame are painted before it begins.
-    if (this.queue.size) setTimeout(() => this.drawNext());
+    shelf().sketchedAt = this.sketchedAt = performance.now();
   }
 
   rest() {
@@ -877,7 +888,12 @@ export default () => {
         ackAt = performance.now();
         model.send({ type: "painted", n: (told = store.n) });
       };
-      const painted = () => (ackTimer ??= setTimeout(tell, ackAt + ACK_EVERY - performance.now()));
+      const painted = () => {
+        const pause = store.n - told < MANY ? ACK_EVERY : ACK_SOON;
+        if (pause === ACK_SOON) clearTimeout(ackTimer);
+        else if (ackTimer !== null) return;
+        ackTimer = setTimeout(tell, ackAt + pause - performance.now());
+      };
       const panel = new Panel(store, el, painted, (event) => model.send(event));
       if (!panels.size) model.send({ type: "back" });
       panels.add(panel);
