@@ -39,9 +39,12 @@ class Rollouts:
         1 on real tokens, the end token included.
     rewards : Tensor [N]
     old_logp, ref_logp : Tensor [N, T]
-        Under the policy that sampled, and under the base model; both at the sampling temperature.
+        Under the policy that sampled (which the first update on the batch fills in), and under the base model; both
+        at the sampling temperature.
     temperature : float
         At which the completions were sampled.
+    group_size : int
+        Rows of one prompt, which is read once for all of them.
     """
 
     prompt_ids: torch.Tensor
@@ -52,10 +55,13 @@ class Rollouts:
     old_logp: torch.Tensor
     ref_logp: torch.Tensor
     temperature: float
+    group_size: int = 1
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """Return a model's logits for each token [N, T, V], at the temperature of the samples."""
-        return completion_logits(model, self.prompt_ids, self.prompt_mask, self.ids, self.mask) / self.temperature
+        prompts = self.prompt_ids[:: self.group_size], self.prompt_mask[:: self.group_size]
+        logits = completion_logits(model, *prompts, self.ids, self.mask, repeats=self.group_size)
+        return logits / self.temperature
 
 
 @equation(
@@ -152,14 +158,18 @@ class VerifiedSums:
 
     def play(self, policy: torch.nn.Module, temperature: float, rng: Generators) -> Rollouts:
         """Let a policy answer new prompts, `group_size` times each, and check the answers."""
-        problems = [p for p in self.task.prompts(self.prompts, rng.numpy) for _ in range(self.group_size)]
-        ids, mask = encode_batch([p.prompt for p in problems], device=self.device)
-        done = sample(policy, ids, mask, max_new_tokens=self.t_max, generator=rng.torch, temperature=temperature)
+        prompts, group_size = self.task.prompts(self.prompts, rng.numpy), self.group_size
+        problems = [p for p in prompts for _ in range(group_size)]
+        ids, mask = encode_batch([p.prompt for p in prompts], device=self.device)
+        done = sample(
+            policy, ids, mask, max_new_tokens=self.t_max, generator=rng.torch, temperature=temperature,
+            repeats=group_size,
+        )  # fmt: skip
+        ids, mask = (x.repeat_interleave(group_size, dim=0) for x in (ids, mask))
         rewards = checked_rewards(self.task.reward, problems, decode_batch(done.ids, done.mask), done.finished)
         none = torch.zeros_like(done.mask)
-        rollouts = Rollouts(ids, mask, done.ids, done.mask, rewards, none, none, temperature)
+        rollouts = Rollouts(ids, mask, done.ids, done.mask, rewards, none, none, temperature, group_size)
         with torch.no_grad():
-            rollouts.old_logp = token_log_probs(rollouts.logits(policy), done.ids)
             rollouts.ref_logp = token_log_probs(rollouts.logits(self.base), done.ids)
         return rollouts
 

@@ -132,7 +132,8 @@ class GRPO(Learner[Config]):
         self.policy = self.world.new_policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters())
         self.batch = self.world.play(self.policy, c.temperature, self.rng)  # for the pictures before the first update
-        self.before = self.batch.old_logp.clone()  # log-probabilities of the batch before the last update
+        with torch.no_grad():  # log-probabilities of the batch before the last update
+            self.before = token_log_probs(self.batch.logits(self.policy), self.batch.ids)
         self.uses = c.reuse
 
     def update(self) -> Metrics:
@@ -145,6 +146,8 @@ class GRPO(Learner[Config]):
         adv = grpo_advantage(batch.rewards, world.group, config.std_mode)  # B4
         logits = batch.logits(self.policy)
         logp = token_log_probs(logits, batch.ids)
+        if self.uses == 1:
+            batch.old_logp = logp.detach()  # nothing has changed since it was sampled
         ratio = token_ratio(logp, batch.old_logp, mask)  # 1 in the first of a batch's updates
         drift = k3(logp, batch.ref_logp, mask)  # B21
         token_loss = clip_loss(ratio, adv, config.clip_low, config.clip_high) + config.beta * drift  # B7

@@ -58,10 +58,11 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
     temperature: float = 1.0,
+    repeats: int = 1,
     eos: int = EOS,
     pad: int = PAD,
 ) -> Completions:
-    """Draw one completion of each prompt, token by token, from softmax(logits / temperature).
+    """Draw one completion of each prompt, or several, token by token, from softmax(logits / temperature).
 
     The numbers behind the draws are taken from the generator at once, one for each row and token, and turned into
     tokens by the inverse of the distribution function. So a call always uses up N * max_new_tokens numbers, and two
@@ -79,6 +80,8 @@ def sample(
         On the device of the prompts.
     temperature : float
         0 takes the likeliest token at every place.
+    repeats : int
+        Completions of each prompt, one below the other; the prompt is read once for all of them.
     eos, pad : int
         The token that ends a completion, and the one that fills up the rest.
 
@@ -91,12 +94,13 @@ def sample(
     DataError
         If a prompt is empty or ends in padding, or if prompt and completion do not fit into the model's context.
     KnobError
-        If `max_new_tokens` or `temperature` is out of range.
+        If `max_new_tokens`, `temperature` or `repeats` is out of range.
     """
     _check_prompts(model, prompt_ids, prompt_mask, max_new_tokens)
     if not temperature >= 0:
         raise KnobError(f"temperature={temperature!r}; allowed: 0 (the likeliest token) or more")
-    (rows, _), device = prompt_ids.shape, prompt_ids.device
+    _check_repeats(repeats)
+    rows, device = len(prompt_ids) * repeats, prompt_ids.device
     noise = torch.rand(max_new_tokens, rows, generator=generator, device=device)
     ids = torch.full((rows, max_new_tokens), pad, device=device)
     mask = torch.zeros(rows, max_new_tokens, device=device)
@@ -105,7 +109,8 @@ def sample(
     model.eval()  # in train mode gradient checkpointing would switch the cache off
     try:
         reader = CachedReader(model)
-        logits = reader.read(prompt_ids, prompt_mask)
+        logits = reader.read(prompt_ids, prompt_mask).repeat_interleave(repeats, dim=0)
+        reader.repeat(repeats)
         for t in range(max_new_tokens):
             drawn = draw(logits, noise[t], temperature)
             ids[:, t] = torch.where(running, drawn, pad)
@@ -174,6 +179,12 @@ class CachedReader:
             logits_to_keep=1,
         ).logits[:, -1]
 
+    def repeat(self, times: int) -> None:
+        """Go on with each row `times` times, one below the other."""
+        if times > 1:
+            self._cache.batch_repeat_interleave(times)
+            self._mask = None if self._mask is None else self._mask.repeat_interleave(times, dim=0)
+
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Number the real tokens of each row from 0; padding takes a neighbour's number, which nothing reads."""
@@ -220,6 +231,11 @@ def _check_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens
         raise DataError(f"prompt {row} {kind}")
 
 
+def _check_repeats(repeats: int) -> None:
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise KnobError(f"repeats={repeats!r}; allowed: a whole number from 1")
+
+
 def _check_context(model: Any, prompt: int, completion: int) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and prompt + completion > context:
@@ -238,6 +254,8 @@ def completion_logits(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    *,
+    repeats: int = 1,
 ) -> torch.Tensor:
     """Return the logits that predict each token of the completions, in one teacher-forced pass, with gradients.
 
@@ -245,9 +263,11 @@ def completion_logits(
     ----------
     model : PreTrainedModel
         A causal language model.
-    prompt_ids, prompt_mask : Tensor, [N, P]
+    prompt_ids, prompt_mask : Tensor, [N / repeats, P]
     completion_ids, completion_mask : Tensor, [N, T]
         The masks are 1 on every token that is there, also on those that no loss counts, and 0 on padding.
+    repeats : int
+        Completions of each prompt, one below the other; the prompt is computed once for all of them.
 
     Returns
     -------
@@ -258,16 +278,25 @@ def completion_logits(
     ------
     DataError
         If the shapes do not fit each other, or the whole does not fit into the model's context.
+    KnobError
+        If `repeats` is not a whole number from 1.
     """
+    _check_repeats(repeats)
     shapes = [tuple(tensor.shape) for tensor in (prompt_ids, prompt_mask, completion_ids, completion_mask)]
     fits = shapes[0] == shapes[1] and shapes[2] == shapes[3] and len(shapes[0]) == len(shapes[2]) == 2
-    if not fits or shapes[0][0] != shapes[2][0] or 0 in shapes[0] or 0 in shapes[2]:
+    if not fits or repeats * shapes[0][0] != shapes[2][0] or 0 in shapes[0] or 0 in shapes[2]:
+        wanted = "[N, P]" if repeats == 1 else f"[N / {repeats}, P]"
         raise DataError(
             f"prompts {shapes[0]} with mask {shapes[1]}, completions {shapes[2]} with mask {shapes[3]}; "
-            "allowed: [N, P] twice and [N, T] twice, none of them 0"
+            f"allowed: {wanted} twice and [N, T] twice, none of them 0"
         )
     length = shapes[2][1]
     _check_context(model, shapes[0][1], length)
+    if repeats > 1:
+        checkpointing = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        if not checkpointing:  # which has no cache
+            return _shared_prompt_logits(model, prompt_ids, prompt_mask, completion_ids, completion_mask, repeats)
+        prompt_ids, prompt_mask = (x.repeat_interleave(repeats, dim=0) for x in (prompt_ids, prompt_mask))
     # The last token predicts nothing that is asked for.
     ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
     mask = torch.cat([prompt_mask.to(ids.dtype), completion_mask[:, :-1].to(ids.dtype)], dim=1)
@@ -280,6 +309,45 @@ def completion_logits(
         use_cache=False,
         logits_to_keep=length,
     ).logits
+
+
+def _shared_prompt_logits(
+    model: Any,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    repeats: int,
+) -> torch.Tensor:
+    """Read each prompt once and its completions after it; keys and values of the prompt carry gradients."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    mask = prompt_mask.to(prompt_ids.dtype)
+    padded = bool((mask == 0).any())
+    first = model(
+        input_ids=prompt_ids,
+        attention_mask=mask if padded else None,
+        position_ids=_positions(mask) if padded else None,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits.repeat_interleave(repeats, dim=0)
+    length = completion_ids.shape[1]
+    if length == 1:
+        return first
+    cache.batch_repeat_interleave(repeats)
+    whole = torch.cat([mask.repeat_interleave(repeats, dim=0), completion_mask[:, :-1].to(mask.dtype)], dim=1)
+    gaps = bool((whole[:, 1:] > whole[:, :-1]).any())
+    rest = model(
+        input_ids=completion_ids[:, :-1],
+        attention_mask=whole if gaps else None,
+        position_ids=_positions(whole)[:, mask.shape[1] :] if gaps else None,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=length - 1,
+    ).logits
+    return torch.cat([first, rest], dim=1)
 
 
 def token_log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -190,10 +190,13 @@ def test_sampler_and_trainer_agree():
     learner = GRPO(**SMALL, reuse=2, temperature=0.7)
     metrics = learner.update()
     batch = learner.batch
-    close(learner.before * batch.mask, batch.old_logp * batch.mask, 1e-5)  # ratio 1: temperature in both
+    sampler = GRPO(**SMALL, reuse=2, temperature=0.7).policy  # as it was
+    with torch.no_grad():
+        scored = token_log_probs(batch.logits(sampler), batch.ids)
+    close(batch.old_logp * batch.mask, scored * batch.mask, 1e-5)  # of the policy that sampled, at its temperature
     assert float(metrics["clipped"]) == 0
     fresh = GRPO(**SMALL, temperature=0.7)  # the policy is the base model still
-    close(fresh.batch.old_logp * fresh.batch.mask, fresh.batch.ref_logp * fresh.batch.mask, 1e-5)
+    close(fresh.before * fresh.batch.mask, fresh.batch.ref_logp * fresh.batch.mask, 1e-5)
     assert float(fresh.update()["kl"]) < 1e-6
 
 

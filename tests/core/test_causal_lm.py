@@ -168,6 +168,60 @@ def test_greedy_is_that_of_generate(model: Any, prompts: tuple[torch.Tensor, tor
     assert torch.equal(ours.ids, theirs[:, : ours.ids.shape[1]])
 
 
+def test_prompts_read_once_give_the_completions_of_repeated_ones(
+    model: Any, prompts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    each = [x.repeat_interleave(3, dim=0) for x in prompts]
+    expected = sample(model, *each, max_new_tokens=6, generator=generator())
+    shared = sample(model, *prompts, max_new_tokens=6, generator=generator(), repeats=3)
+    assert torch.equal(shared.ids, expected.ids) and torch.equal(shared.mask, expected.mask)
+    assert len(set(map(tuple, shared.ids[:3].tolist()))) > 1  # each with numbers of its own
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_prompts_computed_once_have_the_logits_and_gradients_of_repeated_ones(
+    model: Any, prompts: tuple[torch.Tensor, torch.Tensor], tokens: int
+) -> None:
+    each = [x.repeat_interleave(4, dim=0) for x in prompts]
+    done = sample(model, *each, max_new_tokens=tokens, generator=generator())
+    weight = torch.randn(*done.ids.shape, model.config.vocab_size, generator=generator(1)) * done.mask[..., None]
+    found = []
+    for given, repeats in ((each, 1), (prompts, 4)):
+        model.zero_grad()
+        logits = completion_logits(model, *given, done.ids, done.mask, repeats=repeats)
+        (logits * weight).sum().backward()
+        found.append([logits.detach() * done.mask[..., None], *(p.grad.clone() for p in model.parameters())])
+    model.zero_grad(set_to_none=True)
+    for shared, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(shared, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5, True])
+def test_bad_repeats_are_refused(model: Any, prompts: tuple[torch.Tensor, torch.Tensor], repeats: Any) -> None:
+    with pytest.raises(KnobError, match="repeats"):
+        sample(model, *prompts, max_new_tokens=2, generator=generator(), repeats=repeats)
+    with pytest.raises(KnobError, match="repeats"):
+        completion_logits(model, *prompts, *prompts, repeats=repeats)
+
+
+def test_completions_must_be_as_many_as_the_repeats_say(model: Any, prompts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with pytest.raises(DataError, match=r"\[N / 2, P\]"):
+        completion_logits(model, *prompts, *prompts, repeats=2)
+
+
+def test_gradient_checkpointing_has_the_same_logits_without_a_cache(
+    prompts: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    own = new_tiny_lm("S")
+    done = sample(own, *(x.repeat_interleave(2, dim=0) for x in prompts), max_new_tokens=4, generator=generator())
+    plain = completion_logits(own, *prompts, done.ids, done.mask, repeats=2)
+    own.gradient_checkpointing_enable()
+    own.train()
+    again = completion_logits(own, *prompts, done.ids, done.mask, repeats=2)
+    torch.testing.assert_close(again * done.mask[..., None], plain * done.mask[..., None], rtol=1e-4, atol=1e-4)
+
+
 def test_same_generator_same_sample(model: Any, prompts: tuple[torch.Tensor, torch.Tensor]) -> None:
     first, second, other = (sample(model, *prompts, max_new_tokens=16, generator=generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(first.ids, second.ids)
