@@ -50,6 +50,29 @@ def test_charts_move_and_words_follow(lab) -> None:
     assert lab.errors == []
 
 
+DEAF = """
+board.frame(frame(0, 30))
+hear, missed = board._hear, []
+
+def hear_late(widget, content, buffers):
+    if content["type"] == "hello" and not missed:
+        missed.append(content)
+    else:
+        hear(widget, content, buffers)
+
+board.on_msg(board._hear, remove=True)
+board.on_msg(hear_late)
+board
+"""
+
+
+def test_a_page_whose_first_question_is_lost_asks_again(open_notebook) -> None:
+    notebook = open_notebook([SETUP, DEAF])
+    assert wait_curve(notebook, 29) == [29, 30]
+    assert notebook.read("len(missed)") == "1"
+    assert notebook.errors == []
+
+
 def test_truncate_ghost_marks_and_message(lab) -> None:
     lab.run_code(
         "board.frame(frame(0, 100)); board.mark('run', 40, 'x 1 to 2'); board.mark('run', 0, 'clone', 'phase')"

@@ -7,6 +7,7 @@ const HOLD = 500; // ms that they wait at the most while a slider keeps moving
 const ACK_EVERY = 2000; // ms between two messages to the kernel: each interrupts the training, and JupyterLab tells of it
 const ACK_SOON = 700; // ms where many messages have come
 const MANY = 8;
+const ASK_EVERY = 2000; // ms between two requests for everything, until it comes
 const SKETCH_EVERY = 200; // ms between two drawings: words may come faster
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
@@ -858,25 +859,27 @@ export default () => {
 
   return {
     initialize({ model }) {
-      const hello = () => model.send({ type: "hello" });
+      let askedAt = -Infinity;
+      const hello = () => {
+        if (performance.now() < askedAt + ASK_EVERY) return;
+        askedAt = performance.now();
+        model.send({ type: "hello" });
+      };
+      // A page that is loaded while the kernel is at work may lose its first question, or the answer.
+      const asking = setInterval(() => (store.n ? clearInterval(asking) : hello()), ASK_EVERY);
       // The kernel pauses a lab that no page has shown for a while: a page that is open, but hidden, says so.
       const alive = setInterval(() => panels.size && document.hidden && model.send({ type: "alive" }), 10_000);
-      let asked = true;
       model.on("msg:custom", (content, buffers) => {
         if (content.act) return ACTS[content.act](content, buffers);
         const changed = store.take(content, buffers);
-        if (!changed) {
-          if (!asked) hello();
-          asked = true;
-          return;
-        }
-        asked = false;
+        if (!changed) return hello();
         if (changed.setup) sliders.follow(store.setup.sliders);
         for (const panel of panels) changed.setup ? panel.refresh() : panel.update(changed);
       });
       hello();
       return () => {
         clearInterval(alive);
+        clearInterval(asking);
         sliders.close();
       };
     },
