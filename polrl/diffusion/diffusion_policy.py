@@ -603,6 +603,6 @@ study = Study(
         settings={"demonstrations": 1, "pretrain_epochs": 1, "environments": 2, "horizon": 2, "epochs": 1, "width": 8},
         steps=2,
     ),
-    fast=Budget(seeds=2, settings={"environments": 8}, steps=60, arms=("last 5 steps",)),
-    full=Budget(seeds=3, steps=100),
+    fast=Budget(seeds=2, settings={"environments": 8, "pretrain_epochs": 30}, steps=45, arms=("last 5 steps",)),
+    full=Budget(seeds=5, steps=100),
 )
