@@ -98,6 +98,7 @@ def in_browser(browser, server, seconds: float, moves: int) -> dict[str, object]
     page.evaluate(WATCH)
     begin = _kernel(notebook)
     page.locator(".polrl-knob-mask_strength .noUi-handle").focus()
+    page.evaluate("document.querySelector('.polrl-lab').scrollIntoView()")  # the cell's output took its place
     page.wait_for_timeout(3000)  # JupyterLab is busy for a second after it has run a cell
     steps, begun = _steps(page)
     for move in range(moves):
