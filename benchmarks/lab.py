@@ -94,7 +94,6 @@ def in_browser(browser, server, seconds: float, moves: int) -> dict[str, object]
                  && Number(document.querySelector('.polrl-step')?.dataset.value) > 1"""
     )
     first = page.evaluate("performance.now() - window.polrlBegun")
-    page.evaluate("document.querySelector('.polrl-lab').scrollIntoView()")
     page.evaluate(WATCH)
     begin = _kernel(notebook)
     page.locator(".polrl-knob-mask_strength .noUi-handle").focus()
