@@ -153,6 +153,31 @@ def test_a_page_that_is_loaded_again_finds_the_training_lab(open_notebook):
     assert notebook.errors == []
 
 
+LATE = """
+const timeout = AbortSignal.timeout;
+let late = 1;
+AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms === 2000 && late-- > 0 ? 0 : ms);
+"""
+
+
+def test_a_page_that_is_too_busy_to_start_the_board_gets_a_new_one(open_notebook):
+    notebook = open_notebook([TINY, "lab = Lab(Tiny())\nlab"])
+    notebook.wait_lab()
+    notebook.page.click(".polrl-run")
+    notebook.wait_steps(20)
+    model = notebook.read("lab.board.model_id")
+    notebook.command("docmanager:save")
+    notebook.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+    notebook.page.add_init_script(LATE)  # anywidget gives a model up that did not start within two seconds
+    notebook.page.reload()
+    notebook.wait_kernel()
+    notebook.wait_lab()
+    notebook.wait_steps(60)
+    assert notebook.read("lab.board.model_id") != model and training(notebook)
+    notebook.page.click(".polrl-pause")
+    assert notebook.page.locator(".polrl-board").count() == 1
+
+
 def test_after_a_kernel_restart_the_run_goes_on_from_its_folder(open_notebook):
     slow = "lab = Lab(NoiseMask(width=4, per_class=4, pretrain_epochs=40))\nlab"
     notebook = open_notebook([f"{TINY}\nfrom polrl.foundations.noise_mask import NoiseMask", slow])
@@ -161,7 +186,8 @@ def test_after_a_kernel_restart_the_run_goes_on_from_its_folder(open_notebook):
     notebook.page.click(".polrl-run")
     saved = "import pathlib, time\nend = time.time() + 60\nbegun = time.time()\n"
     saved += f"file = pathlib.Path({folder!r}, 'state.safetensors')\n"
-    saved += "while file.stat().st_mtime < begun + 1 and time.time() < end: time.sleep(0.1)\nprint(lab.run.step > 0)"
+    saved += "late = lambda: not file.exists() or file.stat().st_mtime < begun + 1\n"
+    saved += "while late() and time.time() < end: time.sleep(0.1)\nprint(lab.run.step > 0)"
     assert notebook.run_code(saved) == "True"
     notebook.server.ask(f"kernels/{kernel_of(notebook)}/restart", method="POST")
     notebook.wait_kernel()

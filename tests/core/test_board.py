@@ -174,6 +174,35 @@ def test_hello_gets_everything(sink: Sink) -> None:
     assert len(buffers) == 1 + sum(len(view["arrays"]) for view in content["views"])
 
 
+def ask(sink: Sink, again: int) -> str:
+    """Let the page ask for everything; return what the board's owner hears."""
+    heard: list[str] = []
+    sink.on_event(lambda event: heard.append(event["type"]))
+    sink._hear(sink, {"type": "hello", "again": again}, [])
+    return heard[-1]
+
+
+def test_a_page_that_hears_no_answer_gets_a_new_board(sink: Sink) -> None:
+    first = sink.model_id
+    sink._clock.now += 10.0
+    assert ask(sink, 0) == "hello" and sink.messages[-1][0]["whole"]
+    sink._clock.now += 2.0
+    assert ask(sink, 1) == "hello" and sink.model_id == first
+    sink._clock.now += 2.0
+    sent = sink.messages_sent
+    assert ask(sink, 2) == "reopened" and sink.comm is not None and sink.model_id != first
+    assert sink.messages_sent == sent  # the new page asks itself
+    assert ask(sink, 0) == "hello" and sink.messages[-1][0]["whole"]
+    sink.close()
+
+
+def test_questions_that_waited_for_a_busy_kernel_are_one(sink: Sink) -> None:
+    first = sink.model_id
+    sink._clock.now += 60.0
+    assert [ask(sink, again) for again in range(30)] == ["hello"] + 29 * ["alive"]
+    assert sink.model_id == first and len(sink.messages) == 1
+
+
 def test_before_the_page_speaks_every_message_holds_everything() -> None:
     sink = Sink([Chart("loss", "Loss", ("loss",))], [Track("run", "Run")])
     for step in range(3):

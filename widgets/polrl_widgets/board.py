@@ -55,6 +55,8 @@ MAX_MARKS = 60  # of one kind
 MAX_IN_FLIGHT = 20  # messages that the page has not painted yet; it answers in time, see board.js
 BYTES_PER_SECOND = 500_000  # Jupyter's server drops what exceeds a megabyte a second
 PATIENCE = (0.25, 1.0)  # seconds: wait for a silent page at first and at most
+DEAF_AFTER = 2  # questions that were answered, and yet asked again
+ANSWER_TAKES = 1.0  # seconds that a page may need to take an answer in; it asks every two
 
 Floats = npt.NDArray[np.float64]
 
@@ -284,6 +286,7 @@ class Board(anywidget.AnyWidget):
         self._lock = threading.RLock()
         self._clock = time.monotonic
         self._painted = 0
+        self._answered_at = -np.inf
         self._sent_at = self._credit_at = -np.inf
         self._credit = 0.0
         self._patience = PATIENCE[0]
@@ -432,7 +435,7 @@ class Board(anywidget.AnyWidget):
 
         {"type": "hello"}, {"type": "painted", "n": 12}, {"type": "alive"} of a hidden page, {"type": "gone"} and
         {"type": "back"} where the board was taken off the page and put there, {"type": "rewind", "step": 40} of
-        the timeline.
+        the timeline. The board itself tells {"type": "reopened"}: whoever shows it has to send it once more.
         """
         self._events.append(callback)
 
@@ -554,8 +557,7 @@ class Board(anywidget.AnyWidget):
         with self._lock:
             self.last_seen = self._clock()
             if content.get("type") == "hello":
-                self._painted = self.messages_sent
-                self._send_changes(whole=True)
+                content = self._answer(int(content.get("again", 0)))
             elif content.get("type") == "painted":
                 self._painted = max(self._painted, min(int(content["n"]), self.messages_sent))
                 self._pump()
@@ -563,3 +565,22 @@ class Board(anywidget.AnyWidget):
                 threading.Thread(target=PlotlyLibrary.send_to_page, name="polrl-plotly", daemon=True).start()
         for callback in list(self._events):
             callback(content)
+
+    def _answer(self, again: int) -> dict[str, Any]:
+        """Send everything to a page that asks for it; return what that is to the board's owner."""
+        now = self._clock()
+        if again and now - self._answered_at < ANSWER_TAKES:  # asked while the kernel was busy, answered meanwhile
+            return {"type": "alive"}
+        self._answered_at = now
+        self._painted = self.messages_sent
+        if again >= DEAF_AFTER:
+            self._reopen()
+            return {"type": "reopened"}
+        self._send_changes(whole=True)
+        return {"type": "hello"}
+
+    def _reopen(self) -> None:
+        """Leave the model that the page has given up, and begin a new one with the same content."""
+        super().close()
+        self._model_id = None  # else the new one would have the old one's name
+        self.open()

@@ -157,6 +157,7 @@ class Lab:
         hidden = widgets.Layout(display="" if self.mode == "plain" else "none", min_width="0")
         self._plain = widgets.VBox([self._plain_words, self._plain_picture], layout=hidden).add_class("polrl-plain")
         right = self._plain if self.mode == "plain" else widgets.VBox([self.board, self._plain])
+        self._right = right
         right.layout.flex, right.layout.min_width = "1 1 0", "0"
         self.widget = widgets.HBox([left, right]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
         self._name_sliders()
@@ -662,5 +663,7 @@ class Lab:
         if kind == "hello":
             self._views_due = 0.0
             self.driver.nudge()
+        elif kind == "reopened":
+            self._right.send_state("children")
         elif kind == "rewind":
             self._carefully(self.rewind, int(event["step"]))

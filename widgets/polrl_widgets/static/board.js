@@ -860,13 +860,16 @@ export default () => {
   return {
     initialize({ model }) {
       let askedAt = -Infinity;
-      const hello = () => {
-        if (performance.now() < askedAt + ASK_EVERY) return;
+      const hello = (again = 0) => {
+        if (performance.now() < askedAt + ASK_EVERY / 2) return;
         askedAt = performance.now();
-        model.send({ type: "hello" });
+        model.send({ type: "hello", again });
       };
-      // A page that is loaded while the kernel is at work may lose its first question, or the answer.
-      const asking = setInterval(() => (store.n ? clearInterval(asking) : hello()), ASK_EVERY);
+      // A page that is loaded while the kernel is at work may lose its first question, or the answer. And a page so
+      // busy that it took two seconds to come this far is deaf: anywidget has given the model up, whose messages no
+      // longer arrive, though its own are sent. The kernel tells by the count, and opens the board anew.
+      let again = 0;
+      const asking = setInterval(() => (store.n ? clearInterval(asking) : hello((again += 1))), ASK_EVERY);
       // The kernel pauses a lab that no page has shown for a while: a page that is open, but hidden, says so.
       const alive = setInterval(() => panels.size && document.hidden && model.send({ type: "alive" }), 10_000);
       model.on("msg:custom", (content, buffers) => {
