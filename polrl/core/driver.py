@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 import time
 import traceback
@@ -48,7 +49,9 @@ class Driver:
         self._cpu_seconds = 0.0
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._work, name="polrl-training", daemon=True)
+        # Like a part of the cell that made it: there it prints, and there a notebook's page is answered.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._work,), name="polrl-training", daemon=True)
         try:
             for run in runs:
                 self.add(run)

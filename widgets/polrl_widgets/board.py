@@ -27,6 +27,7 @@ Every method may be called from any thread.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import gzip
 import importlib.util
@@ -266,6 +267,9 @@ class Board(anywidget.AnyWidget):
         max_points: int = 1000,
         timeline: bool = False,
     ) -> None:
+        # ipykernel hands what the page says to the subshell that spoke last, and that one may be gone when a page is
+        # loaded again: the board always speaks as the cell that made it, which belongs to the main shell.
+        self._context = contextvars.copy_context()
         super().__init__()
         self._timeline = timeline
         self._hidden: set[str] = set()
@@ -429,6 +433,10 @@ class Board(anywidget.AnyWidget):
         with self._lock:
             self._sliders = {"root": root, "names": dict(names)}
             self._setup_changed()
+
+    def send(self, content: Any, buffers: list[Any] | None = None) -> None:
+        """Send a message to the page, from wherever this is called in the name of the cell that made the board."""
+        self._context.copy().run(super().send, content, buffers)
 
     def on_event(self, callback: Callable[[dict[str, Any]], None]) -> None:
         """Call `callback` with what the page tells.
