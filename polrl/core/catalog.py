@@ -217,10 +217,39 @@ def load_study(slug: str) -> Study:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a Python file's code: comments, docstrings and white space (but indentation) do not count."""
-    source = path.read_text(encoding="utf-8")
+    """Return a digest of a Python file's code, and of the private modules beside it that it imports.
+
+    Comments, docstrings and white space (but indentation) do not count.
+    """
+    code = {path: ""}
+    waiting = [path]
+    while waiting:
+        current = waiting.pop()
+        tree, code[current] = _code(current.read_text(encoding="utf-8"))
+        new = [found for found in _private_imports(tree, current) if found not in code]
+        code.update(dict.fromkeys(new, ""))
+        waiting += new
+    parts = [code.pop(path), *(code[other] for other in sorted(code))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def _private_imports(tree: ast.Module, path: Path) -> list[Path]:
+    """Return the files beside `path` whose name begins with an underscore and that it imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.rpartition(".")[2] for alias in node.names}
+    beside = [path.with_name(f"{name}.py") for name in sorted(names) if name.startswith("_")]
+    return [other for other in beside if other.is_file()]
+
+
+def _code(source: str) -> tuple[ast.Module, str]:
+    """Return Python code as a tree, and as text of which only what matters is left."""
+    tree = ast.parse(source)
     drop: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             drop.update(range(body[0].lineno, (body[0].end_lineno or 0) + 1))  # type: ignore[index]
@@ -233,7 +262,7 @@ def fingerprint(path: Path) -> str:
         elif token.type in (tokenize.INDENT, tokenize.DEDENT):
             blocks[row] = blocks.get(row, "") + ("{" if token.type == tokenize.INDENT else "}")
     code = "".join(blocks.get(n, "") + ("" if n in drop else line) for n, line in enumerate(lines, 1))
-    return hashlib.sha256("".join(code.split()).encode()).hexdigest()[:16]
+    return tree, "".join(code.split())
 
 
 def stored_result(slug: str) -> dict[str, Any] | None:

@@ -222,3 +222,23 @@ def test_any_change_of_code_counts(tmp_path, old, new):
 
 def test_a_file_with_letters_of_any_kind_has_a_fingerprint(tmp_path):
     assert of(tmp_path, 'x = "π"  # größer\n') == of(tmp_path, 'x = "π"  # kleiner\n') != of(tmp_path, 'x = "ρ"\n')
+
+
+def test_private_modules_that_a_file_imports_count_and_others_do_not(tmp_path):
+    def write(name, source):
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+
+    write("_world", "from mine import _chain\nSTEP = 1\n")
+    write("_chain", "from mine._world import STEP\nLINKS = 2\n")
+    write("_exercises", "ASKED = 3\n")
+    write("public", "OPEN = 4\n")
+    importing = "from mine._world import STEP\nfrom mine.public import OPEN\n"
+    before = of(tmp_path, importing)
+    assert before != of(tmp_path, "from mine.public import OPEN\n")
+    for name, source in {"_exercises": "ASKED = 5\n", "public": "OPEN = 5\n", "_chain": None}.items():
+        write(name, source or "# why\nfrom mine._world import STEP\nLINKS = 2\n")
+        assert of(tmp_path, importing) == before
+    write("_chain", "from mine._world import STEP\nLINKS = 5\n")
+    after = of(tmp_path, importing)
+    write("_world", "from mine import _chain\nSTEP = 5\n")
+    assert len({before, after, of(tmp_path, importing)}) == 3
