@@ -105,10 +105,10 @@ def in_browser(browser, server, seconds: float, moves: int) -> dict[str, object]
         page.wait_for_timeout(1000 * seconds / moves)
     last, ended = _steps(page)
     times = page.evaluate("window.polrlTimes")
+    if shot := os.environ.get("POLRL_SCREENSHOT"):
+        page.screenshot(path=shot)  # now, for the question to the kernel scrolls the lab away
     end = _kernel(notebook)
     trained, cpu, messages, size = (after - before for before, after in zip(begin, end, strict=True))
-    if shot := os.environ.get("POLRL_SCREENSHOT"):
-        page.screenshot(path=shot)
     notebook.close()
     rate = 1000 * (last - steps) / (ended - begun)
     return {"rate": rate, "per_cpu": trained / cpu, "times": times, "message": size / messages, "first": first}

@@ -221,33 +221,27 @@ def fingerprint(path: Path) -> str:
 
     Comments, docstrings and white space (but indentation) do not count.
     """
-    code = {path: ""}
+    code: dict[Path, str] = {}
     waiting = [path]
     while waiting:
         current = waiting.pop()
-        tree, code[current] = _code(current.read_text(encoding="utf-8"))
-        new = [found for found in _private_imports(tree, current) if found not in code]
-        code.update(dict.fromkeys(new, ""))
-        waiting += new
+        if current not in code:
+            code[current], private = _code(current.read_text(encoding="utf-8"))
+            waiting += filter(Path.is_file, (path.with_name(f"{name}.py") for name in private))
     parts = [code.pop(path), *(code[other] for other in sorted(code))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def _private_imports(tree: ast.Module, path: Path) -> list[Path]:
-    """Return the files beside `path` whose name begins with an underscore and that it imports."""
+@functools.cache  # several methods share a private module
+def _code(source: str) -> tuple[str, frozenset[str]]:
+    """Return what matters of Python code, as text, and the names beginning with an underscore that it imports."""
+    tree = ast.parse(source)
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names |= {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name.rpartition(".")[2] for alias in node.names}
-    beside = [path.with_name(f"{name}.py") for name in sorted(names) if name.startswith("_")]
-    return [other for other in beside if other.is_file()]
-
-
-def _code(source: str) -> tuple[ast.Module, str]:
-    """Return Python code as a tree, and as text of which only what matters is left."""
-    tree = ast.parse(source)
     drop: set[int] = set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -262,7 +256,7 @@ def _code(source: str) -> tuple[ast.Module, str]:
         elif token.type in (tokenize.INDENT, tokenize.DEDENT):
             blocks[row] = blocks.get(row, "") + ("{" if token.type == tokenize.INDENT else "}")
     code = "".join(blocks.get(n, "") + ("" if n in drop else line) for n, line in enumerate(lines, 1))
-    return tree, "".join(code.split())
+    return "".join(code.split()), frozenset(name for name in names if name.startswith("_"))
 
 
 def stored_result(slug: str) -> dict[str, Any] | None:

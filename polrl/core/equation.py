@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +31,7 @@ class Equation:
     number: str
     latex: str
     source: str
-    function: Callable[..., Any]
+    function: Callable[..., Any] = field(repr=False)  # its address differs from process to process
 
     def code(self) -> str:
         """Return the function's source without its decorator and docstring, as a reader wants it beside the formula."""

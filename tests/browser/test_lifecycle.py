@@ -135,17 +135,25 @@ def test_two_labs_train_in_one_kernel_without_disturbing_each_other(shared):
     assert printed == "[200, 200] [True, True]"
 
 
-def test_a_page_that_is_loaded_again_finds_the_training_lab(open_notebook):
+def load_again(open_notebook, script=""):
+    """Load a page while its lab trains, with a script that the new page begins with; wait until the lab is back."""
     notebook = open_notebook([TINY, "lab = Lab(Tiny())\nlab"])
     notebook.wait_lab()
     notebook.page.click(".polrl-run")
     notebook.wait_steps(20)
     notebook.command("docmanager:save")
     notebook.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+    if script:
+        notebook.page.add_init_script(script)
     notebook.page.reload()
     notebook.wait_kernel()
     notebook.wait_lab()
     notebook.wait_steps(60)
+    return notebook
+
+
+def test_a_page_that_is_loaded_again_finds_the_training_lab(open_notebook):
+    notebook = load_again(open_notebook)
     notebook.page.click(".polrl-pause")
     assert notebook.run_code(f"{COUNT.split('; ')[0]}; print({COUNT.split('; ')[1]})") == "1"
     shown = notebook.page.evaluate("document.querySelector('.polrl-chart .polrl-plot').figure.traces[0].x.slice(0, 3)")
@@ -161,17 +169,7 @@ AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms === 2000 && window.gi
 
 
 def test_a_page_that_is_too_busy_to_start_the_board_gets_a_new_one(open_notebook):
-    notebook = open_notebook([TINY, "lab = Lab(Tiny())\nlab"])
-    notebook.wait_lab()
-    notebook.page.click(".polrl-run")
-    notebook.wait_steps(20)
-    notebook.command("docmanager:save")
-    notebook.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
-    notebook.page.add_init_script(LATE)  # anywidget gives a model up that did not start within two seconds
-    notebook.page.reload()
-    notebook.wait_kernel()
-    notebook.wait_lab()
-    notebook.wait_steps(60)
+    notebook = load_again(open_notebook, LATE)  # anywidget gives a model up that did not start within two seconds
     notebook.page.click(".polrl-pause")
     notebook.wait_text(".polrl-state", "paused")
     assert notebook.page.evaluate("window.givenUp") >= 2  # the model that could not start, and the one that did

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import queue
 import time
@@ -12,26 +11,11 @@ from typing import Any
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from tiny import environment
 
-ROOT = pathlib.Path(__file__).parents[2]
 LAB = """
-import time, torch
-import polrl
-from polrl import Curve, Learner, knob
 from polrl_widgets import Lab
-
-class Config(polrl.Config):
-    strength: float = knob(0.5, low=0.0, high=1.0, first=True)
-
-class Tiny(Learner[Config]):
-    curves = (Curve("value", "Value"),)
-
-    def setup(self):
-        self.x = torch.ones(())
-
-    def update(self):
-        time.sleep(0.005)
-        return {"value": self.x}
+from tiny import Tiny
 
 lab = Lab(Tiny(), mode="live")
 lab.play()
@@ -41,13 +25,9 @@ print(lab.board.model_id)
 
 @pytest.fixture
 def kernel(tmp_path: pathlib.Path) -> Iterator[BlockingKernelClient]:
-    """A kernel with this checkout on its path."""
+    """A kernel that finds polrl and the tests' learners."""
     manager = KernelManager(kernel_name="python3")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "widgets"), os.environ.get("PYTHONPATH", "")])
-    environment = {k: v for k, v in os.environ.items() if k != "POLRL_MODE"}
-    manager.start_kernel(
-        cwd=str(tmp_path), env=environment | {"PYTHONPATH": paths, "POLRL_RUNS": str(tmp_path / "runs")}
-    )
+    manager.start_kernel(cwd=str(tmp_path), env=environment(POLRL_RUNS=str(tmp_path / "runs")))
     client = manager.client()
     client.start_channels()
     client.wait_for_ready(timeout=120)

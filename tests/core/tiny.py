@@ -111,13 +111,17 @@ def copy_folder(source: Path, target: Path) -> Path:
     return target
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a process that finds polrl and the tests' learners."""
+    known = [str(HERE), *(p for p in sys.path if p)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(known), "OMP_NUM_THREADS": "1", **more}
+
+
 def python(code: str, *arguments: object, **more: str) -> subprocess.Popen[str]:
     """Start a Python process that finds polrl and the tests' learners."""
-    known = [str(HERE), *(p for p in sys.path if p)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(known), "OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
+        env=environment(**more),
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -436,6 +436,7 @@ class Board(anywidget.AnyWidget):
 
     def send(self, content: Any, buffers: list[Any] | None = None) -> None:
         """Send a message to the page, from wherever this is called in the name of the cell that made the board."""
+        # A copy, because two threads may send at once and a context is entered by one at a time.
         self._context.copy().run(super().send, content, buffers)
 
     def on_event(self, callback: Callable[[dict[str, Any]], None]) -> None:

@@ -156,8 +156,7 @@ class Lab:
         self._plain_picture = widgets.Image(format="png")
         hidden = widgets.Layout(display="" if self.mode == "plain" else "none", min_width="0")
         self._plain = widgets.VBox([self._plain_words, self._plain_picture], layout=hidden).add_class("polrl-plain")
-        right = self._plain if self.mode == "plain" else widgets.VBox([self.board, self._plain])
-        self._right = right
+        self._right = right = self._plain if self.mode == "plain" else widgets.VBox([self.board, self._plain])
         right.layout.flex, right.layout.min_width = "1 1 0", "0"
         self.widget = widgets.HBox([left, right]).add_class("polrl-lab").add_class(f"polrl-lab-{self.id}")
         self._name_sliders()
