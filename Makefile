@@ -44,9 +44,11 @@ endef
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# JupyterLab's question about news would cover the first notebook that a learner opens.
-define no_news
--@$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements" 2>/dev/null
+# JupyterLab's question about news would cover the first notebook that a learner opens. And with each message to the
+# kernel it fetches two icons for the browser's tab, busy and idle: a slider that is dragged would wait for them.
+define quiet_lab
+-@$(BIN)/jupyter labextension disable --level=sys_prefix \
+	"@jupyterlab/apputils-extension:announcements" "@jupyterlab/application-extension:faviconbusy" 2>/dev/null
 endef
 
 # ----------------------------------------------------------------------------------------------------- the environment
@@ -57,12 +59,12 @@ $(BIN)/python:
 
 $(LAB_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[$(LAB_EXTRAS)]"
-	$(no_news)
+	$(quiet_lab)
 	@touch $@
 
 $(ALL_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[$(ALL_EXTRAS)]"
-	$(no_news)
+	$(quiet_lab)
 	@touch $@ $(LAB_READY)
 
 # ---------------------------------------------------------------------------------------------------------- the course
