@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 _CUDA = torch.device("cuda", 0)
+_COPY = torch.ops.aten.copy_
+_FREE = (_COPY, torch.ops.aten._to_copy, torch.ops.aten.set_)  # may take tensors of two devices
 
 
 class DeviceMixError(RuntimeError):
@@ -57,7 +58,7 @@ class _Functions(TorchFunctionMode):
         if name == "cuda":
             raise DeviceMixError("`.cuda()` names a device; use `.to(self.device)`")
         target, args, kwargs = self._target(name, args, kwargs)
-        flat = tree_flatten((args, kwargs))[0]
+        flat = list(_leaves((args, kwargs)))
         here = any(x in self.tags for x in flat)
         for generator in (x for x in flat if isinstance(x, torch.Generator)):
             meant = here if target is None else target.type == "cuda"
@@ -115,19 +116,30 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat = tree_flatten((args, kwargs))[0]
-        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         here = any(x in self.tags for x in tensors)
-        free = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.set_)
-        if here and not free and any(x not in self.tags and x.dim() > 0 for x in tensors):
+        if here and func.overloadpacket not in _FREE and any(x not in self.tags and x.dim() > 0 for x in tensors):
             shapes = [f"{tuple(x.shape)} on {'cuda' if x in self.tags else 'cpu'}" for x in tensors]
             raise DeviceMixError(f"{func} got tensors of two devices: {', '.join(shapes)}")
         result = func(*args, **kwargs)
         # A factory called inside a composite operation takes the device of that operation's tensors.
         inherited = not tensors and bool(self.functions.inherited) and self.functions.inherited[-1]
-        if (here and func.overloadpacket is not torch.ops.aten.copy_) or inherited:
-            tree_map_only(torch.Tensor, self.tags.add, result)
+        if (here and func.overloadpacket is not _COPY) or inherited:
+            for tensor in _leaves((result,)):
+                if isinstance(tensor, torch.Tensor):
+                    self.tags.add(tensor)
         return result
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a call got, without the lists, tuples and dicts around it."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        elif isinstance(value, dict):
+            yield from _leaves(value.values())
+        else:
+            yield value
 
 
 def _is_device(value: Any) -> bool:

@@ -67,7 +67,8 @@ class Run:
     autosave : float
         Seconds between two savings; fewer savings are made where one takes long. 0 turns it off.
     evaluate_every : int, optional
-        Steps between two evaluations; the learner's own number if not given, 0 for none.
+        Steps between two evaluations, of which there is one more where a phase begins; the learner's own number if
+        not given, 0 for none at all.
 
     Examples
     --------
@@ -234,10 +235,10 @@ class Run:
             raise
         if learner.phase != phase:
             self.phase_marks.append((step, learner.phase))
-        if self.evaluate_every and step % self.evaluate_every == 0:
-            self._evaluation_waits = True
-        if learner.phase != phase or (self._evaluation_waits and touched >= SETTLED_SECONDS):
-            self._evaluate()
+        if self.evaluate_every:
+            self._evaluation_waits |= step % self.evaluate_every == 0
+            if learner.phase != phase or (self._evaluation_waits and touched >= SETTLED_SECONDS):
+                self._evaluate()
         if now - self._checked > CHECK_SECONDS or len(self._history._pending) >= CHECK_STEPS:
             self.check()
         if self._folder is not None and (not patience or now - self._saved > 2 * self.autosave):

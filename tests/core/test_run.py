@@ -149,6 +149,9 @@ def test_evaluations_happen_on_time_and_where_phases_change():
     assert run.evaluations.index.tolist() == [4, 5, 10]
     assert run.evaluate() == {"distance": abs(float(run.learner.place))}
     assert run.evaluations.index.tolist() == [4, 5, 10, 11]
+    never = run_of(Phased, evaluate_every=0)
+    never.advance(11)
+    assert never.phase_marks and never.evaluations.empty
 
 
 def test_a_second_evaluation_at_one_step_takes_the_firsts_place():
