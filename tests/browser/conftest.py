@@ -262,10 +262,11 @@ class NotebookPage:
         )
 
     def close(self) -> None:
-        """Close the page and end the kernels."""
+        """Close the page and end the notebook's kernel."""
         self.context.close()
-        for kernel in self.server.ask("kernels"):
-            self.server.ask(f"kernels/{kernel['id']}", method="DELETE")
+        for session in self.server.ask("sessions"):
+            if session["path"] == self.name:
+                self.server.ask(f"sessions/{session['id']}", method="DELETE")
 
 
 def _notebook(cells: Sequence[str]) -> dict[str, object]:

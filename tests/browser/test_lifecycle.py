@@ -80,13 +80,14 @@ def test_interrupting_a_cell_pauses_as_well(lab):
     cells = lab.page.locator(".jp-CodeCell")
     lab.run_code("pass")
     cells.nth(lab.count).locator(".cm-content").fill("time.sleep(60)")
-    lab.command("notebook:run-cell")
+    lab.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-cell'); }")  # it ends with the cell
     lab.page.wait_for_function(
         "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'busy'"
     )
     time.sleep(1)
     lab.server.ask(f"kernels/{kernel}/interrupt", method="POST")
     wait_message(lab, "the kernel was interrupted")
+    assert "KeyboardInterrupt" in cells.nth(lab.count).inner_text()
     assert not training(lab)
 
 
