@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,15 @@ from polrl.core.sampling import seeded_globals
 from polrl.models.causal_lm import sample
 from polrl.models.tiny_lm import decode_batch, encode_batch, new_tiny_lm, weights_for_file
 from polrl.worlds.corridor import GRAB, LEFT, OPEN, RIGHT, Corridor, play, play_noisily
-from polrl.worlds.text_tasks import Arithmetic, Countdown, Problem, SelfCorrection, replace_digit
+from polrl.worlds.text_tasks import (
+    Arithmetic,
+    Countdown,
+    Problem,
+    SelfCorrection,
+    TwoAttempts,
+    UnequalAttempts,
+    replace_digit,
+)
 
 IGNORED = -100  # the label of a token that no loss counts
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and labels, int64 [N, T]
@@ -179,14 +187,10 @@ def sums(
 
 
 def attempts_batch(problems: Sequence[Problem], first: Sequence[str], second: Sequence[str]) -> Batch:
-    """Return sequences of two attempts, 13 tokens each; prompt and instruction do not count."""
-    rows = [f"{p.prompt}{one};?{two}" for p, one, two in zip(problems, first, second, strict=True)]
-    ids, _ = encode_batch(rows, device="cpu")
-    ids = torch.cat([ids, torch.full_like(ids[:, :1], SelfCorrection.second_end)], dim=1)
-    labels = ids.clone()
-    labels[:, :6] = IGNORED
-    labels[:, 9] = IGNORED
-    return ids, labels
+    """Return sequences of two attempts; prompt, instruction and padding do not count."""
+    both = [replace(p, answer=f"{one};?{two}") for p, one, two in zip(problems, first, second, strict=True)]
+    ids, labels = answers_batch(both)
+    return ids, labels.masked_fill(ids == SelfCorrection.instruction, IGNORED)
 
 
 def make_correction(model: Any, rng: np.random.Generator) -> int:
@@ -226,28 +230,70 @@ def make_correction(model: Any, rng: np.random.Generator) -> int:
 
 def measure_correction(model: Any, temperature: float, prompts: int) -> Measured:
     """Return how often each attempt is right, becomes right, becomes wrong, and repeats the first."""
-    task = SelfCorrection()
+    return measure_attempts(SelfCorrection(), model, temperature, prompts)[0]
+
+
+def measure_attempts(
+    task: TwoAttempts, model: Any, temperature: float, prompts: int
+) -> tuple[Measured, list[str], torch.Tensor]:
+    """Return the figures of both attempts at held-out prompts; the second attempts, and whether each is right."""
     problems = task.prompts(prompts, np.random.default_rng(1), "test")
-    generator = torch.Generator().manual_seed(1)
-    options: dict[str, Any] = {
-        "max_new_tokens": task.attempt_tokens, "generator": generator, "temperature": temperature,
-    }  # fmt: skip
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "temperature": temperature}
     ids, mask = task.first_prompts(problems, "cpu")
-    first = sample(model, ids, mask, eos=task.first_end, **options)
-    second = sample(model, *task.second_prompts(ids, mask, first), eos=task.second_end, **options)
+    first = sample(model, ids, mask, eos=task.first_end, max_new_tokens=task.first_tokens, **options)
+    asked = task.second_prompts(ids, mask, first)
+    second = sample(model, *asked, eos=task.second_end, max_new_tokens=task.second_tokens, **options)
     texts = decode_batch(first.ids, first.mask, task.first_end), decode_batch(second.ids, second.mask)
     one, two = task.reward(problems, texts[0], first.finished), task.reward(problems, texts[1], second.finished)
-    same = [a == b for a, b in zip(*texts, strict=True)]
-    return {
+    same = [task.final_answer(a) == task.final_answer(b) for a, b in zip(*texts, strict=True)]
+    figures = {
         "t1": float(one.mean()),
         "t2": float(two.mean()),
         "wrong to right": float(((1 - one) * two).mean()),
         "right to wrong": float((one * (1 - two)).mean()),
         "same answer": sum(same) / len(same),
     }
+    return figures, texts[1], two
 
 
 CORRECTION_GOAL = {"t1": (0.57, 0.66), "same answer": (0.7, 0.85), "wrong to right": (0.02, 0.08)}
+
+
+def make_scratch(model: Any, rng: np.random.Generator) -> int:
+    """Teach direct first attempts, and second ones that copy the first or work out the columns.
+
+    Half of the first attempts that are shown are wrong and not counted: so nothing is learned of them but that the
+    columns do not follow from the first attempt, while a copy does. The model's own first answers are wrong for the
+    reason that it has not learned direct sums to the end.
+    """
+    task = UnequalAttempts()
+
+    def batch() -> Batch:
+        problems = task.prompts(96, rng)
+        direct = [task.final_answer(p.answer) for p in problems]
+        first = [replace_digit(text, rng) if rng.random() < 0.5 else text for text in direct]
+        second = [one if rng.random() < 0.65 else p.answer for p, one in zip(problems, first, strict=True)]
+        ids, labels = attempts_batch(problems, first, second)
+        place = torch.arange(ids.shape[1])
+        end = (ids == task.first_end).int().argmax(dim=1, keepdim=True)
+        wrong = torch.tensor([one != text for one, text in zip(first, direct, strict=True)])
+        return ids, labels.masked_fill(wrong[:, None] & (place <= end), IGNORED)
+
+    def done() -> bool:
+        return within(measure_scratch(model, 1.0, 512), SCRATCH_GOAL)
+
+    return fit(model, batch, steps=2000, rate=2e-3, done=done, every=50)
+
+
+def measure_scratch(model: Any, temperature: float, prompts: int) -> Measured:
+    """Return the figures of two attempts, how often the second shows columns, and how often such a one is right."""
+    figures, second, right = measure_attempts(UnequalAttempts(), model, temperature, prompts)
+    worked = torch.tensor(["|" in text for text in second])
+    right_worked = float(right[worked].mean()) if bool(worked.any()) else 0.0
+    return {**figures, "scratchpad": float(worked.float().mean()), "scratchpad right": right_worked}
+
+
+SCRATCH_GOAL = {"t1": (0.2, 0.45), "t2": (0.2, 0.55), "scratchpad": (0.2, 0.5), "scratchpad right": (0.4, 1.0)}
 
 
 # ---- the others ------------------------------------------------------------------------------------------------
@@ -304,6 +350,15 @@ RECIPES = {
         make_correction,
         measure_correction,
         CORRECTION_GOAL,
+    ),
+    "scratch-S": Recipe(
+        "S",
+        "UnequalAttempts()",
+        "half of the first attempts wrong and not counted, the others the direct sum; the second a copy with .65, else "
+        f"columns and the right sum; batch 96, AdamW at a constant 2e-3, until {SCRATCH_GOAL}",
+        make_scratch,
+        measure_scratch,
+        SCRATCH_GOAL,
     ),
     "add-sub-S": sums(
         "S", "+-", TWO_DIGITS, {"+ 2 digits": (0.4, 0.6), "- 2 digits": (0.4, 0.6)}, rate=2e-3, judged_on=256

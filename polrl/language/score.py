@@ -338,9 +338,10 @@ class SCoRe(Learner[Config]):
         """Let a model try each problem, show it the instruction, and let it try again."""
         task, device = self.task, self.device
         prompt_ids, prompt_mask = task.first_prompts(problems, device)
-        answer = partial(sample, model, max_new_tokens=task.attempt_tokens, generator=generator)
-        first = answer(prompt_ids, prompt_mask, eos=task.first_end)
-        second = answer(*task.second_prompts(prompt_ids, prompt_mask, first), eos=task.second_end)
+        answer = partial(sample, model, generator=generator)
+        first = answer(prompt_ids, prompt_mask, eos=task.first_end, max_new_tokens=task.first_tokens)
+        shown = task.second_prompts(prompt_ids, prompt_mask, first)
+        second = answer(*shown, eos=task.second_end, max_new_tokens=task.second_tokens)
         asked = torch.full_like(prompt_ids[:, :1], task.instruction)
         before, after, one = torch.zeros_like(first.mask), torch.zeros_like(second.mask), torch.ones_like(asked)
         texts = decode_batch(first.ids, first.mask, task.first_end), decode_batch(second.ids, second.mask)

@@ -339,28 +339,35 @@ class _Parser:
 # ---- Task C: a second attempt ----------------------------------------------------------------------------------
 
 
-class SelfCorrection:
-    """A sum in two attempts: `<bos>37+5=` 42 `;` `?` 42 `<eos>`, in which the environment writes the `?`.
+class TwoAttempts:
+    """What a problem in two attempts consists of: `<bos>` prompt, first attempt `;` `?` second attempt `<eos>`.
 
-    The first summand goes from 10 to 89, the second from 0 to 9, and answers have two digits, so that each
-    sequence in which both attempts have the right form is 13 tokens long. An attempt is ended by its own token,
-    `;` or `<eos>`; one that is not earns 0.
+    The environment writes the `?`. An attempt is ended by its own token, `;` or `<eos>`; one that is not earns 0.
+
+    Parameters
+    ----------
+    problems : sequence of Problem
+        All there are, of both splits; their prompts are of one length.
 
     Attributes
     ----------
     first_end, instruction, second_end : int
         The tokens `;`, `?` and `<eos>`.
-    attempt_tokens : int
-        The longest attempt, its end token included.
+    first_tokens, second_tokens : int
+        The longest first and the longest second attempt, their end tokens included.
     """
 
     first_end = encode(";")[0]
     instruction = encode("?")[0]
     second_end = EOS
-    attempt_tokens = 3
+    first_tokens: int
+    second_tokens: int
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._problems = {split: [p for p in problems if _wanted(p.numbers, split)] for split in ("train", "test")}
 
     def prompts(self, count: int, rng: np.random.Generator, split: Split = "train") -> list[Problem]:
-        """Draw problems; see `Arithmetic.prompts`. There are 800 in all."""
+        """Draw problems; see `Arithmetic.prompts`."""
         _check_request(count, split)
         members = self._problems[split]
         return [members[place] for place in rng.integers(len(members), size=count).tolist()]
@@ -370,14 +377,10 @@ class SelfCorrection:
         _check_request(1, split)
         return list(self._problems[split])
 
-    def __init__(self) -> None:
-        every = [Problem(f"{a}+{b}=", f"{a + b:02d}", (a, b), a + b, 2) for a in range(10, 90) for b in range(10)]
-        self._problems = {split: [p for p in every if _wanted(p.numbers, split)] for split in ("train", "test")}
-
     def first_prompts(
         self, problems: Sequence[Problem], device: str | torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask of what the first attempt is made from, int64 [N, 6]; nothing is padded."""
+        """Return ids and mask of what the first attempt is made from, int64 [N, P]; nothing is padded."""
         return encode_batch([problem.prompt for problem in problems], device=device)
 
     def second_prompts(
@@ -400,10 +403,51 @@ class SelfCorrection:
         ids = torch.cat([prompt_ids, first.ids, asked], dim=1)
         return ids, torch.cat([prompt_mask, first.mask.to(ids.dtype), torch.ones_like(asked)], dim=1)
 
+    def final_answer(self, text: str) -> str:
+        """Return what an attempt comes to: here, all of it."""
+        return text
+
     def reward(self, problems: Sequence[Problem], texts: Sequence[str], finished: Flags) -> torch.Tensor:
-        """Return 1 for each attempt, first or second, that is the sum in two digits and was ended; else 0."""
+        """Return 1 for each attempt, first or second, that comes to the sum and was ended; else 0."""
+        final = self.final_answer
         pairs = zip(problems, texts, strict=True)
-        return _verdicts([float(text == problem.answer) for problem, text in pairs], finished)
+        return _verdicts([float(final(text) == final(problem.answer)) for problem, text in pairs], finished)
+
+
+class SelfCorrection(TwoAttempts):
+    """A sum in two attempts of one kind: `<bos>37+5=` 42 `;` `?` 42 `<eos>`.
+
+    The first summand goes from 10 to 89, the second from 0 to 9, and answers have two digits, so that each
+    sequence in which both attempts have the right form is 13 tokens long. There are 800 problems in all.
+    """
+
+    first_tokens = 3
+    second_tokens = 3
+
+    def __init__(self) -> None:
+        super().__init__(
+            [Problem(f"{a}+{b}=", f"{a + b:02d}", (a, b), a + b, 2) for a in range(10, 90) for b in range(10)]
+        )
+
+
+class UnequalAttempts(TwoAttempts):
+    """A sum in two attempts, of which only the second has room to work: `37+85=` 112 `;` `?` 7+5+0:12,3+8+1:12|122.
+
+    Both summands go from 10 to 99, 8,100 problems in all; a sum is written without leading zeros. The first attempt
+    has the length of a direct answer, so that its errors can't all be unlearned; the second may show its columns (see
+    `columns`) or answer directly too. What follows the last `|` counts. `Problem.answer` is the long form.
+    """
+
+    first_tokens = 4
+    second_tokens = 22
+
+    def __init__(self) -> None:
+        worked = Arithmetic("+", 2, scratchpad=True)
+        super().__init__([worked.problem(a, b, "+", 2) for a in range(10, 100) for b in range(10, 100)])
+
+    def final_answer(self, text: str) -> str:
+        """Return what follows the last `|`: the number that an attempt comes to, whether it shows columns or not."""
+        return text.rpartition("|")[2]
 
 
 # ---- A reward that may be wrong itself -------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from polrl.worlds.text_tasks import (
     Problem,
     RewardError,
     SelfCorrection,
+    UnequalAttempts,
     checked_rewards,
     columns,
     held_out,
@@ -37,6 +38,7 @@ TASKS = [
     Countdown(3),
     Countdown(4),
     SelfCorrection(),
+    UnequalAttempts(),
 ]
 
 
@@ -289,7 +291,7 @@ def test_two_attempts_make_thirteen_tokens() -> None:
     ids, mask = task.first_prompts(problems, "cpu")
     first = Completions(torch.tensor([[4, 5, task.first_end]] * 4), torch.ones(4, 3), torch.ones(4, dtype=torch.bool))
     ids, mask = task.second_prompts(ids, mask, first)
-    assert ids.shape[1] + task.attempt_tokens == 13
+    assert ids.shape[1] + task.second_tokens == 13 and task.first_tokens == task.second_tokens == 3
     assert decode(ids[0]) == f"{problems[0].prompt}12;?" and mask.all()
     assert [decode([token]) for token in (task.first_end, task.instruction)] == [";", "?"] and task.second_end == EOS
 
@@ -313,6 +315,46 @@ def test_attempts_need_two_digits() -> None:
     problem = next(p for p in task.problems("train") if p.numbers == (37, 5))
     texts = ["42", "042", "42;", "4", "24", "42?"]
     assert task.reward([problem] * 6, texts, [True] * 6).tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_unequal_attempts_are_all_sums_of_two_digit_numbers() -> None:
+    task = UnequalAttempts()
+    train, test = task.problems("train"), task.problems("test")
+    assert {p.numbers for p in train + test} == {(a, b) for a in range(10, 100) for b in range(10, 100)}
+    assert len(train + test) == 8100 and 770 <= len(test) <= 850
+    assert all(held_out(p.numbers) for p in test) and not any(held_out(p.numbers) for p in train)
+    assert {p.answer for p in train + test if p.numbers == (37, 85)} == {"7+5+0:12,3+8+1:12|122"}
+
+
+def test_limits_of_unequal_attempts_are_the_longest_right_ones() -> None:
+    """Their end tokens included: a direct answer the first, the columns of any sum the second."""
+    task = UnequalAttempts()
+    every = task.problems("train") + task.problems("test")
+    assert max(len(str(p.target)) for p in every) + 1 == task.first_tokens
+    assert max(len(p.answer) for p in every) + 1 == task.second_tokens
+    assert min(len(p.answer) for p in every) > task.first_tokens  # no columns fit into the first
+    ids, mask = task.first_prompts(every[:40], "cpu")
+    assert ids.shape == (40, 7) and mask.all()
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("122", 1),
+        ("7+5+0:12,3+8+1:12|122", 1),
+        ("|122", 1),
+        ("121|122", 1),
+        ("122|121", 0),
+        ("122|", 0),
+        ("0122", 0),
+        ("7+5+0:12,3+8+1:12", 0),
+        ("122;", 0),
+    ],
+)
+def test_what_follows_the_last_bar_counts_in_unequal_attempts(text: str, right: int) -> None:
+    task = UnequalAttempts()
+    problem = next(p for p in task.problems("train") + task.problems("test") if p.numbers == (37, 85))
+    assert task.reward([problem] * 2, [text] * 2, [True, False]).tolist() == [right, 0]
 
 
 # ---- Task D ----------------------------------------------------------------------------------------------------

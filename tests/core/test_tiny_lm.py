@@ -38,7 +38,7 @@ from polrl.models.tiny_lm import (
     read_manifest,
     weights_for_file,
 )
-from polrl.worlds.text_tasks import Arithmetic, SelfCorrection
+from polrl.worlds.text_tasks import Arithmetic, SelfCorrection, UnequalAttempts
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 FOLDER = DATA / "tiny_lm"
@@ -202,6 +202,15 @@ def test_checkpoint_does_what_its_manifest_says(name: str, script: types.ModuleT
         assert low - 0.05 <= entry["measured"]["sampled"][figure] <= high + 0.05, figure
 
 
+def test_scratchpad_model_errs_at_first_mostly_copies_and_sometimes_works(script: types.ModuleType) -> None:
+    """What its study needs, whatever the recipe's goal says: room above the first attempt, and a way to fill it."""
+    measured = script.measure_scratch(load_tiny_lm("scratch-S"), 1.0, 512)
+    assert 0.15 < measured["t1"] < 0.45
+    assert measured["t1"] - 0.05 < measured["t2"] < 0.55
+    assert 0.15 < measured["scratchpad"] < 0.5
+    assert measured["scratchpad right"] > measured["t1"]
+
+
 def test_loading_leaves_the_global_generator_alone_and_shares_nothing() -> None:
     name = checkpoint_names()[0]
     before = torch.get_rng_state()
@@ -288,6 +297,34 @@ def test_attempts_are_thirteen_tokens_and_the_instruction_does_not_count(script:
     assert ids.shape == (1, 13) and int(ids[0, -1]) == EOS
     kept = labels[0] != -100
     assert decode(ids[0][kept]) == "41;42" and torch.equal(ids[0][kept], labels[0][kept])
+
+
+def test_attempts_of_unequal_lengths_are_padded_and_padding_does_not_count(script: types.ModuleType) -> None:
+    problems = [p for p in UnequalAttempts().problems("train") if p.numbers in ((10, 12), (37, 86))]
+    ids, labels = script.attempts_batch(problems, ["20", "123"], [problems[0].answer, "123"])
+    assert [decode(row) for row in ids] == ["10+12=20;?0+2+0:2,1+1+0:2|22", "37+86=123;?123"]
+    for row, label, kept in zip(ids, labels, ["20;0+2+0:2,1+1+0:2|22", "123;123"], strict=True):
+        assert label[label != -100].tolist() == [*encode(kept), EOS]
+        assert torch.equal(row[label != -100], label[label != -100])
+
+
+def test_wrong_first_attempts_of_the_scratchpad_are_shown_and_not_taught(
+    script: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[Any] = []
+    monkeypatch.setattr(script, "fit", lambda model, batch, **_: batches.append(batch()) or 0)
+    script.make_scratch(None, np.random.default_rng(0))
+    wrong, copied, kinds = 0, 0, set()
+    for ids, label in zip(*batches[0], strict=True):
+        prompt, _, rest = decode(ids).partition("=")
+        first, _, second = rest.partition(";?")
+        total = str(sum(map(int, prompt.split("+"))))
+        taught = decode(label[label != -100])
+        assert taught == (f"{first};{second}" if first == total else second)
+        assert second == first or second.rpartition("|")[2] == total
+        wrong, copied = wrong + (first != total), copied + (second == first)
+        kinds.add((first == total, second == first))
+    assert len(kinds) == 4 and 30 < wrong < 66 and 45 < copied < 80
 
 
 def test_training_repeats_itself_and_stops_when_it_is_done(script: types.ModuleType) -> None:
