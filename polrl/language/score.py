@@ -9,14 +9,16 @@ that the two come apart. Stage II rewards both, and pays a bonus for progress fr
 Kumar, Zhuang, Agarwal, Su and others, arXiv 2409.12917; no official code. E1-E4 are what is maximised; E7 is the
 estimator that E2-E6 lead to: REINFORCE with a leave-one-out baseline and the exact KL over the vocabulary. `beta2`
 is the knob to drag first, and not the paper's `alpha`: Stage I shows its effect within seconds, and `alpha` does
-nothing before Stage II. A tiny model needs a `beta2` above 1 to hold the first attempt. Of E8 the edit-distance ratio
-is left out, for two digits hold hardly more than whether the answer changed. STaR, which fine-tunes on filtered
-samples, would need a second kind of update and is not here.
+nothing before Stage II. A tiny model needs a `beta2` above 1 to hold the first attempt. Where both attempts are alike,
+any reward for the first soon leaves nothing to mend; the task "unequal" gives the second attempt what the first lacks,
+room to work. Of E8 the edit-distance ratio is left out, for short answers hold hardly more than whether they changed.
+STaR, which fine-tunes on filtered samples, would need a second kind of update and is not here.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,20 +30,38 @@ import polrl
 from polrl import Bars, Budget, Criterion, Curve, Learner, Metrics, Study, Tokens, View, equation, knob
 from polrl.core.sampling import Generators
 from polrl.models.causal_lm import completion_logits, sample
-from polrl.models.tiny_lm import EOS, VOCABULARY, decode_batch, load_tiny_lm
-from polrl.worlds.text_tasks import Problem, SelfCorrection, checked_rewards
+from polrl.models.tiny_lm import EOS, VOCABULARY, decode_batch, encode, load_tiny_lm
+from polrl.worlds.text_tasks import Problem, SelfCorrection, TwoAttempts, UnequalAttempts, checked_rewards
 
 Stage = Literal[1, 2]
-SHOWN = 16  # problems in a view, four to a line
+SHOWN = 16  # problems in a view
 #: What can become of a problem: wrong then right, right then wrong ...
 OUTCOMES = ("mended", "spoilt", "wrong twice", "right twice")
-PLACES = ("1st tens", "1st ones", "1st end", "2nd tens", "2nd ones", "2nd end")
+BAR = encode("|")[0]  # ends the columns of an attempt
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a task of two attempts is played with and how it is shown."""
+
+    task: Callable[[], TwoAttempts]
+    model: str  # the checkpoint that is made for it
+    in_a_line: int  # problems of a view
+
+
+FORMS = {"alike": Form(SelfCorrection, "correct-S", 4), "unequal": Form(UnequalAttempts, "scratch-S", 2)}
 
 
 class Config(polrl.Config):
-    """Settings of the method; the base model is wrong in four first answers of ten, at temperature 1."""
+    """Settings of the method.
 
-    model: str = "correct-S"  # a checkpoint of the tiny language model
+    With the task "alike" both attempts are two digits, of which the base model gets four in ten wrong in the first, at
+    temperature 1. With "unequal" the first has the length of a direct answer to a sum of two-digit numbers, which the
+    base model has not learned to the end, and the second may work out the columns.
+    """
+
+    task: Literal["alike", "unequal"] = "alike"
+    model: str = ""  # a checkpoint of the tiny language model; the task's own if empty
     prompts: int = Field(24, ge=1)
     group: int = Field(4, ge=2)  # K rollouts a prompt: the leave-one-out baseline needs another one
     stage1_steps: int = Field(60, ge=0)  # 0 leaves Stage I out
@@ -281,9 +301,10 @@ class SCoRe(Learner[Config]):
 
     def setup(self) -> None:
         config = self.config
-        self.task = SelfCorrection()
-        self.model = load_tiny_lm(config.model, self.device)
-        self.reference = load_tiny_lm(config.model, self.device).requires_grad_(False).eval()
+        form = FORMS[config.task]
+        self.task = form.task()
+        self.model, reference = (load_tiny_lm(config.model or form.model, self.device) for _ in range(2))
+        self.reference = reference.requires_grad_(False).eval()
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.held_out = self.task.problems("test") * config.test_samples
         # With the noise of `evaluate`, so that a difference to the base model is the weights' alone.
@@ -356,10 +377,17 @@ class SCoRe(Learner[Config]):
         return Attempts(prompt_ids, prompt_mask, ids, mask, m1, m2, texts, r1, r2)
 
     def figures(self, played: Attempts) -> dict[str, torch.Tensor]:
-        """Return E8, and the share of second answers that repeat the first."""
-        same = [first == second for first, second in zip(*played.texts, strict=True)]
-        repeated = torch.tensor(same, device=self.device).to(played.r1.dtype).mean()
-        return {**self_correction_metrics(played.r1, played.r2), "same_answer": repeated}
+        """Return E8, the share of second answers that repeat the first, and of those that show columns if they may."""
+
+        def share(rows: list[bool]) -> torch.Tensor:
+            return torch.tensor(rows, device=self.device).to(played.r1.dtype).mean()
+
+        final, (first, second) = self.task.final_answer, played.texts
+        same = [final(one) == final(two) for one, two in zip(first, second, strict=True)]
+        found = {**self_correction_metrics(played.r1, played.r2), "same_answer": share(same)}
+        if self.config.task == "unequal":
+            found["scratchpad"] = share(["|" in text for text in second])
+        return found
 
     def evaluate(self) -> Metrics:
         """E8 at temperature 1 on held-out problems, the KL of each attempt, and the distance from the base model."""
@@ -382,7 +410,7 @@ class SCoRe(Learner[Config]):
             "flow": self.picture_flow(self.figures(played)),
             "attempts": self.picture_attempts(played),
             "credit": self.picture_credit(),
-            "distance": picture_distance(played, kl),
+            "distance": self.picture_distance(played, kl),
         }
 
     def picture_flow(self, now: dict[str, torch.Tensor]) -> View:
@@ -398,14 +426,15 @@ class SCoRe(Learner[Config]):
 
     def picture_attempts(self, played: Attempts) -> View:
         """Draw what is answered to the same problems with the same noise, so that only the weights change it."""
-        lines: list[list[str]] = [[] for _ in range(SHOWN // 4)]
+        in_a_line = FORMS[self.config.task].in_a_line
+        lines: list[list[str]] = [[] for _ in range(SHOWN // in_a_line)]
         verdicts: list[list[float]] = [[] for _ in lines]
         marks = (2 * played.r1 - 1).unsqueeze(1) * played.m1 + (2 * played.r2 - 1).unsqueeze(1) * played.m2
         rows = zip(self.held_out, played.ids.tolist(), played.mask.tolist(), marks.tolist(), strict=True)
         for number, (problem, ids, mask, row) in enumerate(itertools.islice(rows, SHOWN)):
             written = [t for t, present in enumerate(mask) if present and ids[t] != EOS]
-            lines[number // 4] += [*problem.prompt, *(VOCABULARY[ids[t]] for t in written), *"   "]
-            verdicts[number // 4] += [0.0] * len(problem.prompt) + [row[t] for t in written] + [0.0] * 3
+            lines[number // in_a_line] += [*problem.prompt, *(VOCABULARY[ids[t]] for t in written), *"   "]
+            verdicts[number // in_a_line] += [0.0] * len(problem.prompt) + [row[t] for t in written] + [0.0] * 3
         return Tokens(
             title="Sixteen sums, each with first attempt ; ? second attempt (blue right, orange wrong)",
             alt="Both attempts at sixteen held-out sums, each coloured by whether it is right",
@@ -429,6 +458,17 @@ class SCoRe(Learner[Config]):
             y_label="reward with bonus",
         )
 
+    def picture_distance(self, played: Attempts, kl: torch.Tensor) -> View:
+        """Draw how far each token's distribution is from the base model's, KL [N, T], averaged over problems."""
+        means = kl_by_place(played, kl) if self.config.task == "alike" else kl_by_part(played, kl)
+        return Bars(
+            title="Distance from the base model, by token",
+            alt="Mean KL of a token's distribution from the base model's, for both attempts' parts and their ends",
+            labels=tuple(means),
+            values={"KL": list(means.values())},
+            y_label="nats",
+        )
+
 
 def outcomes(figures: dict[str, torch.Tensor]) -> list[float]:
     """Return the shares of `OUTCOMES` that the figures of E8 imply."""
@@ -436,32 +476,47 @@ def outcomes(figures: dict[str, torch.Tensor]) -> list[float]:
     return [mended, spoilt, 1 - t1 - mended, t1 - spoilt]
 
 
-def picture_distance(played: Attempts, kl: torch.Tensor) -> View:
-    """Draw how far each token's distribution is from the base model's, KL [N, T], averaged over problems."""
-    means = []
-    for mask in (played.m1, played.m2):
+def kl_by_place(played: Attempts, kl: torch.Tensor) -> dict[str, float]:
+    """Return the mean KL [N, T] of both attempts' digits and ends, which have places of their own; 0 where none is."""
+    means: dict[str, float] = {}
+    for which, mask in (("1st", played.m1), ("2nd", played.m2)):
         there = mask.sum(dim=0)
         by_place = ((mask * kl).sum(dim=0) / there.clamp(min=1))[there > 0].tolist()
-        means += [*by_place, 0.0, 0.0, 0.0][:3]
-    return Bars(
-        title="Distance from the base model, by token",
-        alt="Mean KL of each token's distribution from the base model's, for both attempts' two digits and end",
-        labels=PLACES,
-        values={"KL": means},
-        y_label="nats",
-    )
+        tens, ones, end = [*by_place, 0.0, 0.0, 0.0][:3]
+        means |= {f"{which} tens": tens, f"{which} ones": ones, f"{which} end": end}
+    return means
 
+
+def kl_by_part(played: Attempts, kl: torch.Tensor) -> dict[str, float]:
+    """Return the mean KL [N, T] of a token of the columns, the answer and the end of each attempt; 0 where none is."""
+    means: dict[str, float] = {}
+    for which, mask, end in (("1st", played.m1, TwoAttempts.first_end), ("2nd", played.m2, TwoAttempts.second_end)):
+        bars = mask * (played.ids == BAR)
+        # Where a bar stands here or later the answer has not begun.
+        columns = mask * (bars.flip(1).cumsum(dim=1).flip(1) > 0)
+        ends = mask * (played.ids == end)
+        parts = {"columns": columns, "answer": mask - columns - ends, "end": ends}
+        for name, part in parts.items():
+            means[f"{which} {name}"] = float((part * kl).sum() / part.sum().clamp(min=1))
+    return means
+
+
+UNEQUAL = {"task": "unequal", "test_samples": 1}
 
 study = Study(
     claim="Stage I parts the second attempt from the first; with the bonus it goes on mending where naive RL copies.",
     learner=SCoRe,
-    # All arms draw as many rollouts, but for the one that ends where the others enter Stage II.
+    # All arms draw as many rollouts, but for the one that ends where the others enter Stage II. Where the attempts are
+    # unequal one look at each held-out sum will do, for there are ten times as many and the second attempt is long.
     arms={
         "naive two-turn RL": {"stage1_steps": 0, "stage2_steps": 105, "alpha": 0.0},
         "Stage I": {"stage1_steps": 60, "stage2_steps": 0},
         "Stage II": {"stage1_steps": 0, "stage2_steps": 105},
         "Stage I and II": {},
         "Stage I and II, no bonus": {"alpha": 0.0},
+        "unequal: naive two-turn RL": {**UNEQUAL, "stage1_steps": 0, "stage2_steps": 105, "alpha": 0.0},
+        "unequal: Stage I and II": {**UNEQUAL},
+        "unequal: Stage I and II, no bonus": {**UNEQUAL, "alpha": 0.0},
     },
     criteria=(
         Criterion(
@@ -502,6 +557,19 @@ study = Study(
             "after both stages, SCoRe spoils fewer right first answers than the best of the other arms",
             plus=("Stage I and II", "not_spoilt"),
             minus=(("naive two-turn RL", "Stage II", "Stage I and II, no bonus"), "not_spoilt"),
+        ),
+        Criterion(
+            "progress, unequal",
+            "with unequal attempts, SCoRe's delta is at least 0.05 above naive two-turn RL's after both stages",
+            plus=("unequal: Stage I and II", "delta"),
+            minus=("unequal: naive two-turn RL", "delta"),
+            above=0.05,
+        ),
+        Criterion(
+            "spoils fewer, unequal",
+            "with unequal attempts, SCoRe spoils fewer right first answers than naive two-turn RL",
+            plus=("unequal: Stage I and II", "not_spoilt"),
+            minus=("unequal: naive two-turn RL", "not_spoilt"),
         ),
     ),
     smoke=Budget(

@@ -29,7 +29,7 @@ from polrl.language.score import (
     token_kl,
 )
 from polrl.models.causal_lm import Completions, token_log_probs
-from polrl.models.tiny_lm import encode
+from polrl.models.tiny_lm import encode, load_tiny_lm
 from polrl.worlds.text_tasks import RewardError, held_out
 
 ROWS, TOKENS, WORDS, GROUP = 6, 5, 4, 3
@@ -499,6 +499,121 @@ def test_what_is_drawn_is_what_the_model_says():
         assert abs((surprise - expected).item()) < 4 * spread.item()
 
 
+# ---- attempts of unequal means -------------------------------------------------------------------------------
+
+UNEQUAL = {"task": "unequal", "test_samples": 1}
+COLUMNS = "7+5+0:12,3+8+1:12|122"
+
+
+def test_each_task_has_its_own_base_model_unless_one_is_named():
+    def weights(model):
+        return [parameter.detach() for parameter in model.parameters()]
+
+    for settings, name in (({}, "correct-S"), (UNEQUAL, "scratch-S"), ({**UNEQUAL, "model": "add-S"}, "add-S")):
+        learner = small(**settings)
+        assert same(weights(learner.model), weights(load_tiny_lm(name)))
+        assert same(weights(learner.reference), weights(load_tiny_lm(name)))
+    with pytest.raises(KnobError, match="task"):
+        small(task="unlike")
+
+
+def test_unequal_attempts_have_masks_of_their_own_tokens_alone(monkeypatch):
+    learner = small(**UNEQUAL)
+    played = played_by_hand(
+        monkeypatch, learner, (["112", "97"], [True, True]), ([COLUMNS, "97"], [True, True]), ("37+85=", "47+50=")
+    )
+    end, padding = learner.task.second_end, [0] * (len(COLUMNS) - 2)
+    assert played.ids.tolist() == [
+        [*encode("112;?" + COLUMNS), end],
+        [*encode("97;"), 0, *encode("?97"), end, *padding],
+    ]
+    assert played.m1.tolist() == [[1] * 4 + [0] * 23, [1] * 3 + [0] * 24]
+    assert played.m2.tolist() == [[0] * 5 + [1] * 22, [0] * 5 + [1] * 3 + [0] * 19]
+    assert played.r1.tolist() == [0, 1] and played.r2.tolist() == [1, 1]
+
+
+def test_columns_that_come_to_the_first_answer_repeat_it(monkeypatch):
+    learner, alike = small(**UNEQUAL), small()
+    first, second = (["122", "112", "122"], [True] * 3), ([COLUMNS, COLUMNS, "122"], [True] * 3)
+    found = learner.figures(played_by_hand(monkeypatch, learner, first, second, ("37+85=",) * 3))
+    close(found["same_answer"], 2 / 3, 1e-6)
+    close(found["scratchpad"], 2 / 3, 1e-6)
+    assert "scratchpad" not in alike.base
+
+
+def test_an_update_of_unequal_attempts_keeps_to_the_limits_and_trains_neither_prompt_nor_instruction(monkeypatch):
+    learner, played = small(**UNEQUAL, group=4, prompts=12, stage1_steps=1), []
+    limits, original, attempt = [], score.sample, learner.attempt
+
+    def spy(*arguments, **options):
+        limits.append((options["eos"], options["max_new_tokens"]))
+        return original(*arguments, **options)
+
+    def keep(*arguments):
+        played.append(attempt(*arguments))
+        return played[-1]
+
+    monkeypatch.setattr(score, "sample", spy)
+    monkeypatch.setattr(learner, "attempt", keep)
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    for stage in (1, 2):
+        assert learner.stage == stage
+        learner.update()
+    assert limits == [(encode(";")[0], 4), (learner.task.second_end, 22)] * 2
+    assert not same(before, list(learner.model.parameters()))
+    for tries in played:
+        instruction = int(tries.m1.any(dim=0).nonzero().max()) + 1
+        assert tries.prompt_ids.shape == (48, 7) and len(tries.ids) == 48
+        assert bool((tries.ids[:, instruction] == learner.task.instruction).all())
+        assert not (tries.m1 + tries.m2)[:, instruction].any() and not (tries.m1 * tries.m2).any()
+        assert bool((tries.mask[:, instruction] == 1).all())
+        assert 0 < float(tries.m1.sum(dim=1).max()) <= 4 < float(tries.m2.sum(dim=1).max()) <= 22
+        assert torch.equal(
+            tries.m1 + tries.m2 == 1, (tries.mask == 1) & (torch.arange(tries.ids.shape[1]) != instruction)
+        )
+
+
+def test_the_unequal_base_model_errs_at_first_and_sometimes_works():
+    found = {name: float(value) for name, value in small(**UNEQUAL).base.items()}
+    assert 0.15 < found["accuracy_t1"] < 0.45
+    assert found["accuracy_t1"] - 0.05 < found["accuracy_t2"] < 0.55
+    assert 0.15 < found["scratchpad"] < 0.5 < found["same_answer"]
+
+
+def test_views_of_unequal_attempts():
+    learner = small(**UNEQUAL)
+    views = learner.views()
+    for shares in views["flow"].values.values():
+        assert sum(shares) == pytest.approx(1.0, abs=1e-6)
+    lines, values = views["attempts"].lines, views["attempts"].values
+    assert len(lines) == 8 and "".join("".join(line) for line in lines).count("?") == 16
+    assert [len(line) for line in lines] == [len(marks) for marks in values]
+    assert "|" in "".join("".join(line) for line in lines)
+    distance = views["distance"]
+    assert distance.labels == ("1st columns", "1st answer", "1st end", "2nd columns", "2nd answer", "2nd end")
+    assert not np.asarray(distance.values["KL"]).round(6).any()
+
+
+def test_the_distance_of_unequal_attempts_is_shown_by_part(monkeypatch):
+    learner = small(**UNEQUAL)
+    played = played_by_hand(
+        monkeypatch, learner, (["112", "97"], [True, True]), ([COLUMNS, "97"], [True, True]), ("37+85=", "47+50=")
+    )
+    # Of each token its place, and 100 where nothing may be counted.
+    kl = torch.where(played.m1 + played.m2 > 0, torch.arange(27.0), 100.0)
+    found = score.kl_by_part(played, kl)
+    columns = len(COLUMNS) - 3
+    expected = {
+        "1st columns": 0.0,
+        "1st answer": (0 + 1 + 2 + 0 + 1) / 5,
+        "1st end": (3 + 2) / 2,
+        "2nd columns": sum(range(5, 5 + columns)) / columns,
+        "2nd answer": (23 + 24 + 25 + 5 + 6) / 5,
+        "2nd end": (26 + 7) / 2,
+    }
+    assert found == pytest.approx(expected)
+
+
 # ---- the learner ---------------------------------------------------------------------------------------------
 
 
@@ -677,6 +792,8 @@ def test_arms_that_are_compared_draw_as_many_rollouts():
     for job in full:
         steps = [job.settings.get(name, getattr(SCoRe.Config(), name)) for name in ("stage1_steps", "stage2_steps")]
         assert job.steps == 0 and sum(steps) == 105
+        unequal = job.labels["arm"].startswith("unequal: ")
+        assert job.settings.get("task", "alike") == ("unequal" if unequal else "alike")
     assert {job.steps for job in study.jobs("fast")} == {50}
 
 
