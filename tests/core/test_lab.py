@@ -314,6 +314,14 @@ def test_an_arm_takes_the_first_runs_structure_and_leaves_again(live):
         lab.arm("nonne")
 
 
+def test_a_run_that_is_brought_along_is_saved_from_then_on(live):
+    run, unsaved = Run(Tiny(), threads=1), Run(Tiny(), threads=1, autosave=0)
+    run.advance(3)
+    live(run, unsaved)
+    assert (run.folder / "state.safetensors").exists() and run.step == 3
+    assert unsaved.folder is None
+
+
 def test_a_tape_is_replayed_beside_the_run_to_the_same_numbers(live, tmp_path):
     lab = live(Arms())
     lab.play(5)

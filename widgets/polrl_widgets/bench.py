@@ -62,8 +62,10 @@ class Rate:
 
 
 def as_run(method: Learner[Any] | Run | type[Learner[Any]], threads: int, saved: bool) -> Run:
-    """Return what was put on the table as a run; one that is made here is saved as it goes if `saved`."""
+    """Return what was put on the table as a run; if `saved` it is saved as it goes, unless its autosave is off."""
     if isinstance(method, Run):
+        if saved and method.folder is None and method.autosave:
+            method.save(new_run_folder(method.learner.slug()))
         return method
     learner = method() if isinstance(method, type) else method
     return Run(learner, threads=threads, folder=new_run_folder(learner.slug()) if saved else None)
