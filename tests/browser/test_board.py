@@ -191,6 +191,28 @@ def test_a_chart_has_ink_before_anyone_points_at_it(lab) -> None:
     assert lab.errors == []
 
 
+LOSING = """
+board.frame(frame(0, 40))
+send_to_page, asked = PlotlyLibrary.send_to_page, []
+
+def send_second_time():
+    asked.append(time.monotonic())
+    if len(asked) > 1:
+        send_to_page()
+
+PlotlyLibrary.send_to_page = staticmethod(send_second_time)
+"""
+
+
+def test_a_plotly_that_was_lost_is_asked_for_again_while_somebody_points(lab) -> None:
+    lab.run_code(LOSING)
+    wait_curve(lab, 39)
+    lab.page.locator(".polrl-chart .polrl-plot").first.hover()
+    lab.page.wait_for_selector(".polrl-chart .js-plotly-plot")
+    assert lab.read("len(asked), asked[1] - asked[0] > 7") == "2 True"
+    assert lab.errors == []
+
+
 def test_messages_stay_bounded_in_a_long_run(lab) -> None:
     printed = lab.run_code(
         "sizes = []\n"

@@ -13,6 +13,7 @@ const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
 const POINTED = 150; // ms of pointing until plotly takes over
 const LEFT = 1500; // ms until it hands back
+const FETCH_EVERY = 8000; // ms between two requests for it, while somebody points: a busy page may lose it
 
 function make(tag, className, parent, text) {
   const node = document.createElement(tag);
@@ -358,7 +359,9 @@ class Stage {
 
   async take() {
     this.panel.fetchPlotly();
+    const asking = setInterval(() => this.body.matches(":hover") && this.panel.fetchPlotly(), 1000);
     const plotly = await shelf().ready;
+    clearInterval(asking);
     if (this.taken || this.panel.closed || !this.last || !this.body.matches(":hover")) return;
     this.taken = true;
     this.figure.quick = false;
@@ -455,7 +458,7 @@ class Panel {
   // Plotly comes when it is first wanted: it is large, and takes the page a second to start.
   fetchPlotly() {
     const place = shelf();
-    if (place.begun || performance.now() < (place.askedAt ?? -Infinity) + 20_000) return;
+    if (place.begun || performance.now() < (place.askedAt ?? -Infinity) + FETCH_EVERY) return;
     place.askedAt = performance.now();
     this.tell({ type: "library" });
   }

@@ -18,6 +18,11 @@ export default {
     const place = shelf();
     if (place.begun) return;
     place.begun = true;
-    place.resolve(await unpack(model.get("code")));
+    try {
+      place.resolve(await unpack(model.get("code")));
+    } catch (error) {
+      place.begun = false; // the next request may fare better
+      throw error;
+    }
   },
 };
