@@ -44,11 +44,9 @@ endef
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# JupyterLab's question about news would cover the first notebook that a learner opens. And with each message to the
-# kernel it fetches two icons for the browser's tab, busy and idle: a slider that is dragged would wait for them.
+# What of JupyterLab gets in a learner's way is switched off here as on Binder.
 define quiet_lab
--@$(BIN)/jupyter labextension disable --level=sys_prefix \
-	"@jupyterlab/apputils-extension:announcements" "@jupyterlab/application-extension:faviconbusy" 2>/dev/null
+-@PATH="$(abspath $(BIN)):$$PATH" binder/postBuild 2>/dev/null
 endef
 
 # ----------------------------------------------------------------------------------------------------- the environment
