@@ -58,9 +58,9 @@ class Case:
         """Build the learner, on the CPU unless told otherwise."""
         return self.learner(**{"device": "cpu", **self.settings, **more})
 
-    def run(self, **options: Any) -> Run:
-        """Start a run of it, with one thread, neither saved nor evaluated."""
-        return Run(self.make(), **{"threads": 1, "autosave": 0, "evaluate_every": 0, **options})
+    def run(self, settings: Mapping[str, Any] | None = None, **options: Any) -> Run:
+        """Start a run of it, with further settings; with one thread, neither saved nor evaluated unless told so."""
+        return Run(self.make(**(settings or {})), **{"threads": 1, "autosave": 0, "evaluate_every": 0, **options})
 
     def __str__(self) -> str:
         return self.learner.__name__
@@ -167,7 +167,7 @@ def check_fork(case: Case) -> None:
 
 def check_rewind(case: Case) -> None:
     """Going back and on again gives the same numbers, also through phases and changes of knobs."""
-    run, straight = case.run(), case.run()
+    run, straight = (case.run(evaluate_every=None) for _ in range(2))  # as often as the learner asks for
     for each in (run, straight):
         each.advance(case.steps)
         for knob in each.learner.config.knobs.values():
@@ -196,7 +196,7 @@ def check_resume(case: Case) -> None:
     """A run that is loaded goes on exactly as the one that was saved would have."""
     for start in (case.steps, 2 * case.steps):
         with tempfile.TemporaryDirectory() as folder:
-            run = case.run(folder=Path(folder) / "run")
+            run = case.run(folder=Path(folder) / "run", evaluate_every=None)
             run.advance(start)
             for knob in run.learner.config.knobs.values():
                 run.tune(**{knob.name: _other_value(knob, run.learner.config)})
@@ -242,7 +242,7 @@ def check_threads(case: Case) -> None:
     """Two learners that are built and trained in two threads come out as they would alone."""
     alone = []
     for seed in (1, 2):
-        run = Run(case.make(seed=seed), threads=1, autosave=0, evaluate_every=0)
+        run = case.run({"seed": seed})
         run.advance(case.steps)
         alone.append(run.tape.digest)
     together: dict[int, str] = {}
@@ -252,7 +252,7 @@ def check_threads(case: Case) -> None:
     def work(seed: int) -> None:
         try:
             barrier.wait(60)
-            run = Run(case.make(seed=seed), threads=1, autosave=0, evaluate_every=0)
+            run = case.run({"seed": seed})
             run.advance(case.steps)
             together[seed] = run.tape.digest
         except BaseException as error:
@@ -361,7 +361,7 @@ def check_device(case: Case) -> None:
     with pretended_cuda() as tags:
         learner = case.make(device="cuda")
         assert learner.device.type == "cuda"
-        for _ in range(2 * case.steps if learner.phases else 4):
+        for _ in range(2 * case.steps):
             metrics = learner.update()
         for name, parameter in ((n, p) for m in learner.modules() for n, p in m.named_parameters()):
             assert parameter in tags, f"parameter {name} is not on the learner's device"
@@ -369,7 +369,7 @@ def check_device(case: Case) -> None:
         learner.views()
         twin = learner.fork()
         twin.update()
-        run = Run(case.make(device="cuda"), threads=1, autosave=0, evaluate_every=0)
+        run = case.run({"device": "cuda"})
         run.advance(2)
         assert set(run.history.columns) >= set(metrics) or learner.phases, "metrics get lost on another device"
     gc.collect()
