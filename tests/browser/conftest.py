@@ -315,6 +315,25 @@ def notebook_page(browser: Browser, jupyter: JupyterServer) -> Callable[[str, Se
     return functools.partial(NotebookPage, browser, jupyter)
 
 
+@pytest.fixture(scope="module")
+def shared(notebook_page: Callable[[str, Sequence[str]], NotebookPage], request: pytest.FixtureRequest) -> Iterator:
+    """One notebook and kernel for the tests of a module that leave them whole: its CELLS, the first of them run."""
+    opened = notebook_page(f"{request.module.__name__}.ipynb", request.module.CELLS).open()
+    opened.run_cell(0)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def lab(shared: NotebookPage) -> NotebookPage:
+    """A lab of its own in the shared notebook: its second cell is run again, which closes the one before."""
+    shared.errors.clear()
+    shared.run_cell(1)
+    shared.wait_lab()
+    shared.wait_text(".polrl-step", "0")
+    return shared
+
+
 @pytest.fixture
 def open_notebook(browser: Browser, jupyter: JupyterServer, request: pytest.FixtureRequest) -> Iterator:
     """A function that writes a notebook with these cells, opens it and runs them: `open_notebook(cells)`."""

@@ -22,18 +22,11 @@ def frame(first, last, **more):
 board = new_board()
 """
 
+CELLS = [SETUP, "board = new_board()\nboard"]
+
 # What a chart shows: the last x of its first trace and how many points it has.
 CURVE = """n => { const line = document.querySelectorAll('.polrl-chart .polrl-plot')[n]?.figure?.traces[0];
                  return line ? [line.x.at(-1) ?? null, line.x.length] : [null, 0]; }"""
-
-
-@pytest.fixture(scope="module")
-def shared(notebook_page):
-    """One notebook and kernel for the tests that leave them whole."""
-    opened = notebook_page("board.ipynb", [SETUP, "board = new_board()\nboard"]).open()
-    opened.run_cell(0)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -9,25 +9,7 @@ import pytest
 
 IMPORTS = "from polrl_widgets import Lab\nfrom polrl.foundations.noise_mask import NoiseMask"
 SMALL = "NoiseMask(width=4, per_class=4, pretrain_epochs=30, finetune_epochs=5)"
-
-
-@pytest.fixture(scope="module")
-def notebook(notebook_page):
-    """One notebook for all tests here: its kernel imports torch once."""
-    opened = notebook_page("lab.ipynb", [IMPORTS, f"lab = Lab({SMALL})\nlab"]).open()
-    opened.run_cell(0)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def lab(notebook):
-    """A lab of its own: the cell is run again, which closes the one before."""
-    notebook.errors.clear()
-    notebook.run_cell(1)
-    notebook.wait_lab()
-    notebook.wait_text(".polrl-step", "0")
-    return notebook
+CELLS = [IMPORTS, f"lab = Lab({SMALL})\nlab"]
 
 
 def drag(notebook, knob: str, share: float) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import time
 
-import pytest
-
 TINY = """
 import time, torch, polrl
 from polrl import Bars, Curve, Learner, Run, knob
@@ -28,25 +26,8 @@ class Tiny(Learner[Config]):
         self.x = 1 - 0.01 * self.x * self.config.strength
         return {"value": self.x if self.config.strength < 1e6 else self.x / 0}
 """
+CELLS = [TINY, "lab = Lab(Tiny())\nlab"]
 COUNT = "import threading; sum(t.name == 'polrl-training' for t in threading.enumerate())"
-
-
-@pytest.fixture(scope="module")
-def shared(notebook_page):
-    """One notebook and kernel for the tests that leave them whole."""
-    opened = notebook_page("lifecycle.ipynb", [TINY, "lab = Lab(Tiny())\nlab"]).open()
-    opened.run_cell(0)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def lab(shared):
-    shared.errors.clear()
-    shared.run_cell(1)
-    shared.wait_lab()
-    shared.wait_text(".polrl-step", "0")
-    return shared
 
 
 def wait_message(notebook, part: str) -> None:
@@ -138,7 +119,7 @@ def test_two_labs_train_in_one_kernel_without_disturbing_each_other(shared):
 
 def load_again(open_notebook, script=""):
     """Load a page while its lab trains, with a script that the new page begins with; wait until the lab is back."""
-    notebook = open_notebook([TINY, "lab = Lab(Tiny())\nlab"])
+    notebook = open_notebook(CELLS)
     notebook.wait_lab()
     notebook.page.click(".polrl-run")
     notebook.wait_steps(20)

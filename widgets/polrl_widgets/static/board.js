@@ -357,12 +357,14 @@ class Stage {
     }
   }
 
-  async take() {
-    this.panel.fetchPlotly();
-    const asking = setInterval(() => this.body.matches(":hover") && this.panel.fetchPlotly(), 1000);
-    const plotly = await shelf().ready;
-    clearInterval(asking);
+  take() {
     if (this.taken || this.panel.closed || !this.last || !this.body.matches(":hover")) return;
+    const { plotly } = shelf();
+    if (!plotly) { // until it has come, or the pointer has left
+      this.panel.fetchPlotly();
+      this.later(() => this.take(), POINTED);
+      return;
+    }
     this.taken = true;
     this.figure.quick = false;
     this.plot = make("div", "polrl-plotly", this.body);

@@ -19,7 +19,7 @@ export default {
     if (place.begun) return;
     place.begun = true;
     try {
-      place.resolve(await unpack(model.get("code")));
+      place.plotly = await unpack(model.get("code"));
     } catch (error) {
       place.begun = false; // the next request may fare better
       throw error;

@@ -3,10 +3,7 @@ const SHELF = Symbol.for("polrl.plotly");
 
 function shelf() {
   if (!globalThis[SHELF]) {
-    const made = { freeAt: 0, quickAt: 0 };
-    made.ready = new Promise((resolve) => (made.resolve = resolve));
-    made.ready.then((plotly) => (made.plotly = plotly));
-    globalThis[SHELF] = made;
+    globalThis[SHELF] = { freeAt: 0, quickAt: 0 };
   }
   return globalThis[SHELF];
 }
