@@ -282,9 +282,9 @@ class DiffusionPolicy(Learner[Config]):
         )
         self.pretrained = copy.deepcopy(self.denoiser).requires_grad_(False)  # while cloning: the averaged weights
         self.critic = MLP([self.observations.shape[1], 64, 64, 1]).to(self.device)
-        self.cloning = torch.optim.AdamW(self.denoiser.parameters())
-        self.tuning = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=0.0)
-        self.judging = torch.optim.Adam(self.critic.parameters(), lr=1e-3)
+        self.cloning = torch.optim.AdamW(self.denoiser.parameters(), fused=True)
+        self.tuning = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=0.0, fused=True)
+        self.judging = torch.optim.Adam(self.critic.parameters(), lr=1e-3, fused=True)
         self.batches = EpochBatches(len(self.actions), min(128, len(self.actions)), self.rng.torch)
         self.world = Pendulums(c.environments, c.seed, self.device)
         self.judge, self.shown = Pendulums(TESTS, 0, self.device), Pendulums(2, 0, self.device)
@@ -407,29 +407,29 @@ class DiffusionPolicy(Learner[Config]):
     def play(self) -> dict[str, torch.Tensor]:
         """Play every environment for `horizon` chunks; returns rows [horizon * environments, ...]."""
         c, world, rows = self.config, self.world, []
-        step = torch.arange(c.finetuned_steps, device=self.device)
         for _ in range(c.horizon):
             observation = world.observe()
             start = torch.randn(len(observation), c.chunk, generator=self.rng.torch, device=self.device)
             stages = torch.stack(self.act(observation, start)[-c.finetuned_steps - 1 :], dim=1)
-            before, after = stages[:, :-1], stages[:, 1:]
-            old = self.log_probability(
-                self.denoiser, before.flatten(0, 1), after.flatten(0, 1), step.repeat(len(before)),
-                observation.repeat_interleave(c.finetuned_steps, dim=0),
-            )  # fmt: skip
             outcome = world.play(stages[:, -1].clamp(-1, 1))
             rows.append({
-                "observation": observation, "before": before, "after": after,
-                "log_probability": old.view(len(before), -1),
-                "value": self.critic(observation)[:, 0], "next_value": self.critic(outcome.last)[:, 0],
-                "reward": outcome.reward, "terminated": outcome.terminated,
+                "observation": observation, "before": stages[:, :-1], "after": stages[:, 1:],
+                "last": outcome.last, "reward": outcome.reward, "terminated": outcome.terminated,
                 "ended": outcome.terminated | outcome.truncated,
             })  # fmt: skip
         played = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        value, next_value = (self.critic(played[name])[..., 0] for name in ("observation", "last"))
+        played["value"] = value
         played["advantage"] = generalized_advantages(
-            REWARD_SCALE * played["reward"], played["value"], played["next_value"], played["terminated"],
-            played["ended"], c.discount, c.gae_lambda,
+            REWARD_SCALE * played["reward"], value, next_value, played["terminated"], played["ended"], c.discount,
+            c.gae_lambda,
         )  # fmt: skip
+        before, after = (played[name].flatten(0, 2) for name in ("before", "after"))
+        old = self.log_probability(
+            self.denoiser, before, after, torch.arange(c.finetuned_steps, device=self.device).repeat(value.numel()),
+            played["observation"].flatten(0, 1).repeat_interleave(c.finetuned_steps, dim=0),
+        )  # fmt: skip
+        played["log_probability"] = old.view(*value.shape, -1)
         return {name: column.flatten(0, 1) for name, column in played.items()}
 
     # ---- looking -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from polrl.models.tiny_lm import BOS, EOS, PAD, VOCABULARY, decode_batch, encode
 from polrl.worlds.text_tasks import Arithmetic, checked_rewards
 
 #: Digits of the summands, and how often they are asked for.
-DIGITS = {"add-S": {2: 1.0}, "add-mix-S": {1: 0.3, 2: 0.5, 3: 0.2}}
+DIGITS = {"add-S": {2: 1.0}, "add-mix-S": {1: 0.3, 2: 0.5, 3: 0.2}, "add-L": {2: 1.0}}
 ATTEMPTS = 8  # answers to each held-out prompt
 HARD = 2  # a held-out prompt is hard if the base model answers it right so many times of eight, or less often
 #: One character for each special token, so that all tokens are as wide as one another.
@@ -93,7 +93,7 @@ def token_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
 
 
 class VerifiedSums:
-    """Sums of numbers with two digits (`add-S`) or one to three (`add-mix-S`), and a model that half knows them.
+    """Sums of numbers with two digits (`add-S`, `add-L`) or one to three (`add-mix-S`), and a model that half knows it.
 
     Parameters
     ----------
@@ -179,13 +179,13 @@ class VerifiedSums:
         Returns
         -------
         completions : Completions, of 8 M rows
-        prompt_ids, prompt_mask : Tensor [8 M, P]
+        prompt_ids, prompt_mask : Tensor [M, P]
         right : Tensor [M, 8]
         """
         problems = [p for p in self.test for _ in range(ATTEMPTS)]
-        ids, mask = encode_batch([p.prompt for p in problems], device=self.device)
+        ids, mask = encode_batch([p.prompt for p in self.test], device=self.device)
         noise = Generators(self.seed, self.device, "judge").torch
-        done = sample(policy, ids, mask, max_new_tokens=self.t_max, generator=noise)
+        done = sample(policy, ids, mask, max_new_tokens=self.t_max, generator=noise, repeats=ATTEMPTS)
         right = self.task.reward(problems, decode_batch(done.ids, done.mask), done.finished)
         return done, ids, mask, right.reshape(-1, ATTEMPTS)
 
@@ -200,7 +200,9 @@ class VerifiedSums:
             (exact, from the base model) and mean_tokens of a completion.
         """
         done, ids, mask, right = self.attempt(policy)
-        logits, base = (completion_logits(m, ids, mask, done.ids, done.mask) for m in (policy, self.base))
+        logits, base = (
+            completion_logits(m, ids, mask, done.ids, done.mask, repeats=ATTEMPTS) for m in (policy, self.base)
+        )
         figures = {
             "accuracy": right.mean(),
             "accuracy_on_hard": token_mean(right, self.hard.unsqueeze(1).expand(right.shape)),

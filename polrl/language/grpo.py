@@ -11,10 +11,10 @@ nothing. Three strengths hold against it: the KL divergence from the base model 
 the clip. How a sum over tokens becomes one number (B13 to B16), and whether a group's spread is divided out, decides
 which answers and which prompts count.
 
-The world: a tiny Llama over characters that adds numbers of two digits and gets four in ten right (`add-S`), or of
-one to three digits (`add-mix-S`). Shao et al., arXiv 2402.03300. There is no card of this paper: its equations are
-those of the chapter's shared card, B1 to B22, in `_group_policy.py`, and the numbers are this file's own. E1 and E2
-below are figures to look at, not parts of the update.
+The world: a tiny Llama over characters that adds numbers of two digits and gets four in ten right (`add-S`, or
+`add-L` with six times the parameters), or of one to three digits (`add-mix-S`). Shao et al., arXiv 2402.03300. There
+is no card of this paper: its equations are those of the chapter's shared card, B1 to B22, in `_group_policy.py`, and
+the numbers are this file's own. E1 and E2 below are figures to look at, not parts of the update.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from polrl.models.causal_lm import token_log_probs
 class Config(polrl.Config):
     """Settings. `t_max` is the longest completion, and the constant of the aggregation `seq_sum_const`."""
 
-    checkpoint: Literal["add-S", "add-mix-S"] = "add-S"
+    checkpoint: Literal["add-S", "add-mix-S", "add-L"] = "add-S"
     prompts: int = Field(16, ge=1, description="prompts a batch")
     group_size: int = Field(8, ge=2, description="completions a prompt")
     t_max: int = Field(6, ge=1, le=64, description="tokens a completion, at most")
@@ -130,7 +130,7 @@ class GRPO(Learner[Config]):
             rng=self.rng, seed=c.seed, device=self.device,
         )  # fmt: skip
         self.policy = self.world.new_policy()
-        self.optimizer = torch.optim.Adam(self.policy.parameters())
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), fused=True)
         self.batch = self.world.play(self.policy, c.temperature, self.rng)  # for the pictures before the first update
         with torch.no_grad():  # log-probabilities of the batch before the last update
             self.before = token_log_probs(self.batch.logits(self.policy), self.batch.ids)

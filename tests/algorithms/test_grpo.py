@@ -245,7 +245,7 @@ def test_a_broken_reward_stops_the_step(broken, words, monkeypatch):
 def test_structure_is_checked():
     with pytest.raises(KnobError, match="group_size.*greater than or equal to 2, got 1"):
         GRPO(device="cpu", group_size=1)
-    with pytest.raises(KnobError, match="checkpoint.*'add-S' or 'add-mix-S'.*got 'add-XL'"):
+    with pytest.raises(KnobError, match="checkpoint.*'add-S', 'add-mix-S' or 'add-L'.*got 'add-XL'"):
         GRPO(device="cpu", checkpoint="add-XL")
     options = {"prompts": 1, "group_size": 2, "t_max": 6, "seed": 0, "device": torch.device("cpu")}
     rng = Generators(0, torch.device("cpu"))

@@ -73,13 +73,16 @@ def test_grpo_runs_with_the_model_that_was_put_in() -> None:
     torch.manual_seed(0)
     model = language.new_tiny_lm("L")
     before = model.model.embed_tokens.weight.detach().clone()
-    learner = language.our_grpo(model)
+    learner = language.our_grpo(model, beta=0.04)
     assert learner.policy is model and model.num_parameters() == 860_160
     assert learner.batch.ids.shape[0] == language.SAMPLES and learner.batch.ids.shape[1] <= language.TOKENS
     assert learner.optimizer.param_groups[0]["params"][0] is next(model.parameters())
     torch.testing.assert_close(learner.world.base.model.embed_tokens.weight, before, rtol=0, atol=0)
     learner.update()
     assert learner.uses == 1  # a new batch for each update
+    before = learner.state().digest()
+    language.one_pass(learner)
+    assert learner.state().digest() == before and all(p.grad is None for p in model.parameters())
 
 
 def test_plain_tuning_learns_what_a_rollout_step_with_only_sft_learns() -> None:
