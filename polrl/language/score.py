@@ -12,12 +12,17 @@ is the knob to drag first, and not the paper's `alpha`: Stage I shows its effect
 nothing before Stage II. A tiny model needs a `beta2` above 1 to hold the first attempt. Where both attempts are alike,
 any reward for the first soon leaves nothing to mend; the task "unequal" gives the second attempt what the first lacks,
 room to work. Of E8 the edit-distance ratio is left out, for short answers hold hardly more than whether they changed.
-STaR, which fine-tunes on filtered samples, would need a second kind of update and is not here.
+
+`method="star"` is the baseline that learns without rewards, by E9, which is not on the card: STaR imitates those of its
+own second attempts that mended a wrong first one. Three times a copy of the model plays for a third of the steps, while
+a student that begins as the base model imitates what is kept; then the student is the one that plays. A step is one
+batch of rollouts and one gradient step, as everywhere here.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +33,14 @@ from pydantic import Field
 
 import polrl
 from polrl import Bars, Budget, Criterion, Curve, Learner, Metrics, Study, Tokens, View, equation, knob
+from polrl.core.errors import KnobError
 from polrl.core.sampling import Generators
 from polrl.models.causal_lm import completion_logits, sample
 from polrl.models.tiny_lm import EOS, VOCABULARY, decode_batch, encode, load_tiny_lm
 from polrl.worlds.text_tasks import Problem, SelfCorrection, TwoAttempts, UnequalAttempts, checked_rewards
 
 Stage = Literal[1, 2]
+STAR_ITERATIONS = 3  # of playing and imitating
 SHOWN = 16  # problems in a view
 #: What can become of a problem: wrong then right, right then wrong ...
 OUTCOMES = ("mended", "spoilt", "wrong twice", "right twice")
@@ -60,6 +67,7 @@ class Config(polrl.Config):
     base model has not learned to the end, and the second may work out the columns.
     """
 
+    method: Literal["score", "star"] = "score"
     task: Literal["alike", "unequal"] = "alike"
     model: str = ""  # a checkpoint of the tiny language model; the task's own if empty
     prompts: int = Field(24, ge=1)
@@ -179,6 +187,27 @@ def kl_weights(beta1: float, beta2: float, stage: int) -> tuple[float, float]:
     return (beta1 + beta2 if _checked_stage(stage) == 1 else beta1), beta1
 
 
+@equation(
+    "E9",
+    r"L=-\frac1{|D|}\sum_{b\in D}\sum_{t\in m_2}\log\pi_\theta(y_t),\qquad D=\{b: r_1=0,\ r_2=1\}",
+    source="STaR, as the card has it: imitation of own traces, wrong first and then right",
+)
+def imitation_loss(logits: torch.Tensor, ids: torch.Tensor, m2: torch.Tensor) -> torch.Tensor:
+    """Return how unlikely second attempts are, a scalar: the sum over their tokens, the mean over traces.
+
+    Parameters
+    ----------
+    logits : Tensor, [B, T, V]
+        What PREDICTS each token of the traces that were kept.
+    ids : Tensor, int64 [B, T]
+    m2 : Tensor, [B, T]
+        1 on the tokens of the second attempt; the first, which was wrong, is read and not learned.
+    """
+    logits = logits.where(m2.unsqueeze(-1) > 0, 0.0)
+    log_probs = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return -(m2 * log_probs).sum(dim=1).mean()
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """The loss of E7 and its parts, each a scalar: L = policy + c1 kl1 + c2 kl2."""
@@ -286,6 +315,31 @@ class Attempts:
         return completion_logits(model, self.prompt_ids, self.prompt_mask, self.ids, self.mask)
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What STaR imitates: N prompts of P tokens, and both attempts with padding to T, the longest that there can be."""
+
+    prompt_ids: torch.Tensor  # [N, P]
+    ids: torch.Tensor  # [N, T]
+    mask: torch.Tensor  # 0 on padding alone
+    m2: torch.Tensor  # 1 on the tokens of the second attempt
+
+    def joined(self, played: Attempts, chosen: torch.Tensor) -> Traces:
+        """Return these and the chosen rows, bool [B], of a batch."""
+        pad = (0, self.ids.shape[1] - played.ids.shape[1])
+        new = (played.prompt_ids, *(torch.nn.functional.pad(x, pad) for x in (played.ids, played.mask, played.m2)))
+        mine = (self.prompt_ids, self.ids, self.mask, self.m2)
+        return Traces(*(torch.cat([old, rows[chosen]]) for old, rows in zip(mine, new, strict=True)))
+
+    def drawn(self, rows: torch.Tensor) -> Traces:
+        """Return these rows, int64 [B]."""
+        return Traces(self.prompt_ids[rows], self.ids[rows], self.mask[rows], self.m2[rows])
+
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return what predicts each token [N, T, V] under a model."""
+        return completion_logits(model, self.prompt_ids, torch.ones_like(self.prompt_ids), self.ids, self.mask)
+
+
 class SCoRe(Learner[Config]):
     """Two attempts at each sum, rewarded by stage; a step is one batch of rollouts and one gradient step."""
 
@@ -311,6 +365,11 @@ class SCoRe(Learner[Config]):
         judged = Generators(config.seed, self.device, "observe")
         with torch.no_grad():
             self.base = self.figures(self.attempt(self.reference, self.held_out, judged.torch))
+        if config.method == "star" and config.stage1_steps:
+            raise KnobError(f"stage1_steps={config.stage1_steps}; allowed: 0 with method='star', which has no stages")
+        if config.method == "star":
+            self.player = load_tiny_lm(config.model or form.model, self.device).requires_grad_(False)
+            self.traces = self.no_traces()
         if config.stage1_steps == 0:
             self.enter("stage2")
 
@@ -323,11 +382,17 @@ class SCoRe(Learner[Config]):
         return 1 if self.phase == "stage1" else 2
 
     def update(self) -> Metrics:
-        config, stage = self.config, self.stage
-        problems = self.task.prompts(config.prompts, self.rng.numpy, split="train")
-        rollouts = [problem for problem in problems for _ in range(config.group)]
-        played = self.attempt(self.model, rollouts, self.rng.torch)
+        return self.reinforce() if self.config.method == "score" else self.imitate()
 
+    def play(self, model: torch.nn.Module) -> Attempts:
+        """Let a model try new problems, each as often as the group is large."""
+        problems = self.task.prompts(self.config.prompts, self.rng.numpy, split="train")
+        return self.attempt(model, [p for p in problems for _ in range(self.config.group)], self.rng.torch)
+
+    def reinforce(self) -> Metrics:
+        """Take a step of E7."""
+        config, stage = self.config, self.stage
+        played = self.play(self.model)
         shaped1, shaped2 = shaped_rewards(played.r1, played.r2, config.alpha, stage)
         gamma = config.gamma if stage == 2 else 0.0  # in Stage I the first attempt has no reward, not even a share
         return1, return2 = attempt_returns(shaped1, shaped2, gamma)
@@ -339,11 +404,7 @@ class SCoRe(Learner[Config]):
             return1, return2, config.group, c1, c2,
         )  # fmt: skip
 
-        self.optimizer.param_groups[0]["lr"] = config.learning_rate
-        self.optimizer.zero_grad()
-        parts.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        norm = self.descend(parts.loss)
         if stage == 1 and self.phase_step + 1 >= config.stage1_steps:
             self.enter("stage2")
         return {
@@ -354,6 +415,39 @@ class SCoRe(Learner[Config]):
             "batch_kl2": parts.kl2,
             "gradient_norm": norm,
         }
+
+    def imitate(self) -> Metrics:
+        """Let the player play, keep what it mended, and let the student imitate as many of the kept traces."""
+        if self.phase_step and self.phase_step % math.ceil(self.budget / STAR_ITERATIONS) == 0:  # the next iteration
+            self.player.load_state_dict(self.model.state_dict())
+            self.model.load_state_dict(self.reference.state_dict())
+            self.optimizer = torch.optim.Adam(self.model.parameters())
+            self.traces = self.no_traces()
+        played = self.play(self.player)
+        self.traces = self.traces.joined(played, (played.r1 == 0) & (played.r2 == 1))
+        kept, found = len(self.traces.ids), {"batch_t1": played.r1.mean(), "batch_t2": played.r2.mean()}
+        if kept:
+            rows = torch.randint(kept, (len(played.ids),), generator=self.rng.torch, device=self.device)
+            batch = self.traces.drawn(rows)
+            loss = imitation_loss(batch.logits(self.model), batch.ids, batch.m2)
+            found |= {"imitation_loss": loss.detach(), "gradient_norm": self.descend(loss)}
+        return {**found, "traces": float(kept)}
+
+    def no_traces(self) -> Traces:
+        """Return traces of no rows, with room for the longest attempts."""
+        prompt, _ = self.task.first_prompts(self.held_out[:1], self.device)
+        longest = self.task.first_tokens + 1 + self.task.second_tokens
+        ids = torch.zeros(0, longest, dtype=torch.int64, device=self.device)
+        return Traces(prompt[:0], ids, ids.float(), ids.float())
+
+    def descend(self, loss: torch.Tensor) -> torch.Tensor:
+        """Take a step of Adam; returns the gradient's norm before it was clipped to 1."""
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return norm
 
     def attempt(self, model: torch.nn.Module, problems: list[Problem], generator: torch.Generator) -> Attempts:
         """Let a model try each problem, show it the instruction, and let it try again."""
@@ -406,12 +500,15 @@ class SCoRe(Learner[Config]):
     def views(self) -> dict[str, View]:
         played = self.attempt(self.model, self.held_out, self.rng.torch)
         kl = token_kl(played.logits(self.model), played.logits(self.reference))
-        return {
+        found = {
             "flow": self.picture_flow(self.figures(played)),
             "attempts": self.picture_attempts(played),
             "credit": self.picture_credit(),
             "distance": self.picture_distance(played, kl),
         }
+        if self.config.method == "star":
+            del found["credit"]  # nothing is rewarded
+        return found
 
     def picture_flow(self, now: dict[str, torch.Tensor]) -> View:
         """Draw where the problems go from the first attempt to the second, beside the base model."""
@@ -514,6 +611,7 @@ study = Study(
         "Stage II": {"stage1_steps": 0, "stage2_steps": 105},
         "Stage I and II": {},
         "Stage I and II, no bonus": {"alpha": 0.0},
+        "STaR": {"method": "star", "stage1_steps": 0, "stage2_steps": 105},
         "unequal: naive two-turn RL": {**UNEQUAL, "stage1_steps": 0, "stage2_steps": 105, "alpha": 0.0},
         "unequal: Stage I and II": {**UNEQUAL},
         "unequal: Stage I and II, no bonus": {**UNEQUAL, "alpha": 0.0},
@@ -556,7 +654,7 @@ study = Study(
             "spoils least",
             "after both stages, SCoRe spoils fewer right first answers than the best of the other arms",
             plus=("Stage I and II", "not_spoilt"),
-            minus=(("naive two-turn RL", "Stage II", "Stage I and II, no bonus"), "not_spoilt"),
+            minus=(("naive two-turn RL", "Stage II", "Stage I and II, no bonus", "STaR"), "not_spoilt"),
         ),
         Criterion(
             "progress, unequal",

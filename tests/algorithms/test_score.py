@@ -10,12 +10,14 @@ import torch
 from closeness import close, normal
 
 from polrl import Run, equations
+from polrl.core import conformance
 from polrl.core.errors import KnobError, UnknownNameError
 from polrl.language import score
 from polrl.language.score import (
     OUTCOMES,
     SCoRe,
     attempt_returns,
+    imitation_loss,
     kl_regularized_objective,
     kl_weights,
     leave_one_out,
@@ -401,7 +403,7 @@ def test_figures_of_nothing_are_refused():
 
 
 def test_every_equation_of_the_card_is_there():
-    assert set(equations(score)) == {*(f"E{i}" for i in range(1, 9)), "E7a", "E7b", "E7c"}
+    assert set(equations(score)) == {*(f"E{i}" for i in range(1, 10)), "E7a", "E7b", "E7c"}
 
 
 # ---- two attempts --------------------------------------------------------------------------------------------
@@ -772,6 +774,117 @@ def test_a_reward_function_that_fails_stops_the_step_before_anything_is_learned(
     with pytest.raises(RewardError, match=words):
         learner.update()
     assert same(before, list(learner.model.parameters())) and learner.step == 0
+
+
+# ---- STaR ----------------------------------------------------------------------------------------------------
+
+
+def test_star_sums_over_the_second_attempts_tokens_and_means_over_traces():
+    given = batch()
+    logits, ids, m2 = given["logits"], given["ids"], given["m2"]
+    total = 0.0
+    for b in range(ROWS):
+        for t in range(TOKENS):
+            if m2[b, t]:
+                total -= math.log(softmax(logits[b, t].tolist())[int(ids[b, t])])
+    close(imitation_loss(logits, ids, m2), total / ROWS)
+
+
+def test_stars_gradient_in_closed_form_leaves_all_but_the_second_attempt_alone():
+    given = batch()
+    logits, ids, m2 = given["logits"].requires_grad_(), given["ids"], given["m2"]
+    imitation_loss(logits, ids, m2).backward()
+    chosen = torch.nn.functional.one_hot(ids, WORDS).double()
+    close(logits.grad, m2.unsqueeze(-1) * (logits.detach().softmax(-1) - chosen) / ROWS)
+    broken = logits.detach().where(m2.unsqueeze(-1) > 0, math.nan).requires_grad_()
+    imitation_loss(broken, ids, m2).backward()
+    close(broken.grad, logits.grad)
+
+
+STAR = {"method": "star", "stage1_steps": 0}
+
+
+def test_star_keeps_what_was_mended_and_pads_it_without_changing_its_probability(monkeypatch):
+    learner = small(**STAR, stage2_steps=9)
+    texts = ["41", "4", "13"], ["42", "42", "13"]
+    played = played_by_hand(monkeypatch, learner, (texts[0], [True] * 3), (texts[1], [True] * 3))
+    assert [*zip(played.r1.tolist(), played.r2.tolist(), strict=True)] == [(0, 1), (0, 1), (1, 1)]
+    kept = learner.no_traces().joined(played, (played.r1 == 0) & (played.r2 == 1))
+    assert kept.ids.shape == (2, learner.task.first_tokens + 1 + learner.task.second_tokens)
+    ours = imitation_loss(kept.logits(learner.model), kept.ids, kept.m2)
+    torch.testing.assert_close(
+        ours, imitation_loss(played.logits(learner.model)[:2], played.ids[:2], played.m2[:2]), rtol=1e-5, atol=1e-5
+    )
+    again = kept.joined(played, torch.tensor([True, False, False]))
+    assert torch.equal(again.drawn(torch.tensor([2])).ids, kept.ids[:1]) and len(again.ids) == 3
+
+
+def test_a_step_of_star_is_adams_on_traces_that_the_player_mended():
+    learner = small(**STAR, stage2_steps=300, prompts=40, learning_rate=1e-3)
+    learner.update()
+    twin = learner.fork()
+    learner.update()
+
+    played = twin.play(twin.player)
+    assert 0 < float(((played.r1 == 0) & (played.r2 == 1)).sum()) < 40, "this seed's rollouts must mend some"
+    kept = twin.traces.joined(played, (played.r1 == 0) & (played.r2 == 1))
+    assert torch.equal(kept.ids, learner.traces.ids)
+    batch = kept.drawn(torch.randint(len(kept.ids), (80,), generator=twin.rng.torch))
+    twin.optimizer.zero_grad()
+    imitation_loss(batch.logits(twin.model), batch.ids, batch.m2).backward()
+    torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
+    twin.optimizer.param_groups[0]["lr"] = 1e-3
+    twin.optimizer.step()
+    for one, other in zip(learner.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_student_of_star_plays_next_and_a_new_one_begins_as_the_base_model():
+    learner = small(**STAR, stage2_steps=8, prompts=40)  # an iteration is three steps
+    base = [parameter.detach().clone() for parameter in learner.reference.parameters()]
+    for _ in range(3):
+        assert same(base, list(learner.player.parameters()))
+        learner.update()
+    student = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    assert not same(base, student) and len(learner.traces.ids)
+    learner.update()
+    assert same(student, list(learner.player.parameters()))
+    assert all(int(state["step"]) == 1 for state in learner.optimizer.state.values())
+
+
+def test_star_without_anything_mended_learns_nothing(monkeypatch):
+    learner = small(**STAR)
+    monkeypatch.setattr(learner.task, "reward", lambda problems, texts, finished: torch.zeros(len(problems)))
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    found = learner.update()
+    assert found["traces"] == 0 and "imitation_loss" not in found
+    assert same(before, list(learner.model.parameters()))
+
+
+@pytest.mark.parametrize("task", ["alike", "unequal"])
+def test_star_has_no_stages_and_no_credit_to_show(task):
+    with pytest.raises(KnobError, match=r"stage1_steps=2; allowed: 0 with method='star'"):
+        small(method="star")
+    learner = small(**STAR, task=task)
+    learner.update()
+    assert {"flow", "attempts", "distance"} == set(learner.views())
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        conformance.check_observation_is_pure,
+        conformance.check_fork,
+        conformance.check_rewind,
+        conformance.check_resume,
+        conformance.check_replay,
+        conformance.check_device,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_star_keeps_the_contract(check):
+    settings = {**STAR, "prompts": 12, "group": 2, "test_samples": 1, "stage2_steps": 6}
+    check(conformance.Case(SCoRe, settings, 3))
 
 
 def test_settings_that_can_not_work_are_refused():

@@ -65,7 +65,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def python(*words: str, folder: Path, package: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-p no:nbval"}  # nbval takes 3 s to import
     environment.pop("PYTEST_CURRENT_TEST", None)
     environment["PYTHONPATH"] = str((package or PACKAGE).parent)
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
