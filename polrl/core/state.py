@@ -103,7 +103,7 @@ def capture(owner: object, skip: frozenset[str] = frozenset()) -> State:
     StateError
         If an attribute can't be saved; the message says which, and what to do.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(_device_of(owner))
     tree = {
         name: encoder.encode(value, name)
         for name, value in vars(owner).items()
@@ -120,7 +120,7 @@ def restore(owner: object, state: State, skip: frozenset[str] = frozenset()) -> 
     StateError
         If the object does not have the parts that the state describes.
     """
-    decoder = _Decoder(state.tensors)
+    decoder = _Decoder(state.tensors, _device_of(owner))
     attributes = vars(owner)
     # Modules first: tensors elsewhere may be their parameters or buffers, and must stay the same objects.
     names = sorted(state.tree, key=lambda name: '"$": "module"' not in json.dumps(state.tree[name]))
@@ -132,8 +132,14 @@ def restore(owner: object, state: State, skip: frozenset[str] = frozenset()) -> 
         del attributes[name]
 
 
+def _device_of(owner: object) -> torch.device:
+    device = getattr(owner, "device", None)
+    return device if isinstance(device, torch.device) else torch.device("cpu")
+
+
 class _Encoder:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.tensors: dict[str, torch.Tensor] = {}
         self._slots: dict[int, str] = {}
         self._held: list[Any] = []  # keeps what was seen alive, so that ids stay unique
@@ -199,7 +205,9 @@ class _Encoder:
         if not value.is_contiguous():
             order.sort(key=lambda d: value.stride(d) if value.shape[d] > 1 else math.inf, reverse=True)
         slot = self._slot(value, lambda: value.detach().permute(order).to("cpu", copy=True).contiguous())
-        return {"$": "tensor", "slot": slot, "grad": value.requires_grad, "order": order}
+        tree = {"$": "tensor", "slot": slot, "grad": value.requires_grad, "order": order}
+        # What stays on the CPU although its owner does not is told from what is on the owner's device.
+        return {**tree, "host": True} if value.device.type == "cpu" != self._device.type else tree
 
     def _array(self, value: Any, path: str) -> dict[str, Any]:
         if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
@@ -234,8 +242,8 @@ class _Encoder:
 
 
 class _Decoder:
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
         self._made: dict[str, torch.Tensor] = {}
         self._arrays: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -269,7 +277,9 @@ class _Decoder:
                 target.copy_(saved)
             self._made[slot] = target.requires_grad_(tree["grad"])
         else:
-            device = target.device if isinstance(target, torch.Tensor) else "cpu"
+            device = torch.device("cpu") if tree.get("host") else self._device
+            if isinstance(target, torch.Tensor):
+                device = target.device
             self._made[slot] = saved.to(device, copy=True).requires_grad_(tree["grad"])
         return self._made[slot]
 
@@ -320,7 +330,11 @@ class _Decoder:
     def _object(self, tree: Any, target: Any, path: str) -> Any:
         if not hasattr(target, "load_state_dict"):
             self._expect((), target, path)
+        device = self._device
+        if isinstance(target, torch.optim.Optimizer):  # it puts moments where the parameters are, counts of steps not
+            self._device = torch.device("cpu")
         target.load_state_dict(self.decode(tree["state"], target.state_dict(), path))
+        self._device = device
         return target
 
     def _dataclass(self, tree: Any, target: Any, path: str) -> Any:

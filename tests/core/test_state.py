@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from polrl.core.errors import CheckpointError, StateError
+from polrl.core.fake_device import pretended_cuda
 from polrl.core.state import State, capture, restore
 
 
@@ -387,6 +388,23 @@ class Counter:
 
     def load_state_dict(self, state):
         vars(self).update(state)
+
+
+def test_tensors_that_setup_did_not_make_come_back_to_the_device_they_were_on():
+    class Owner:
+        def __init__(self) -> None:
+            self.device = torch.device("cuda")
+            self.rows, self.named, self.latest = [], {}, None
+
+    with pretended_cuda() as tags:
+        owner, fresh = Owner(), Owner()
+        owner.rows = [torch.ones(2, device="cuda"), torch.zeros(2)]
+        owner.named["best"], owner.latest = torch.full((3,), 2.0, device="cuda"), torch.ones(1, device="cuda")
+        restore(fresh, capture(owner))
+        assert [row in tags for row in fresh.rows] == [True, False]
+        assert fresh.named["best"] in tags and fresh.latest in tags
+        assert fresh.rows[0] is not owner.rows[0] and fresh.named["best"].sum().item() == 6
+        assert capture(fresh).digest() == capture(owner).digest()
 
 
 @disk_or_not
