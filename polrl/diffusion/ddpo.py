@@ -11,8 +11,8 @@ DPOK's penalty: stay near the noise that the pretrained network predicts.
 Black et al., arXiv 2305.13301 (DDPO); Fan et al., arXiv 2305.16381 (DPOK). The numbers are those of the card of
 `b2_diffurl`. E1 is the setting, played by `_chain.roll_out`. E3 and E4, the DDIM step and its log-probability, are
 `polrl.models.diffusion.ddim_step` and `step_log_probability`; where predicted data are clipped, the noise is computed
-anew there, which the official code does not do. E5 belongs to `b2_diffurl`. Of DPOK only the penalty is taken: its
-value network and its one-sided ratio are another method's.
+anew there, which the official code does not do. E5 belongs to `b2_diffurl`. Of DPOK the learner takes the penalty, E6b;
+its surrogate, E6d, stands beside DDPO's to be compared with, and its value network is left out.
 """
 
 from __future__ import annotations
@@ -135,6 +135,27 @@ def step_divergence(
     Exact where no predicted data are clipped; kappa is `DenoisingChain.noise_weight`.
     """
     return ((noise_weight / std).square() * (noise - pretrained_noise).square()).sum(dim=1) / 2
+
+
+@equation(
+    "E6d",
+    r"L=-w_r\,\mathrm{mean}\,(r-V)\,\mathrm{clip}(\rho,1-e,1+e)\quad\text{beside E6b}",
+    source="DPOK, train_online_pg.py",
+)
+def dpok_loss(
+    log_probability: torch.Tensor,
+    old_log_probability: torch.Tensor,
+    advantage: torch.Tensor,
+    clip_range: float = 1e-4,
+    reward_weight: float = 100.0,
+) -> torch.Tensor:
+    """Return DPOK's surrogate, a scalar to be minimised, from pairs of sample and step, all [m], without its penalty.
+
+    There is no maximum as in E6, only the clipped ratio: outside the range no pair has a gradient, also where the
+    step has gone the wrong way and E6 would bring it back. `advantage` is r - V, a constant.
+    """
+    ratio = (log_probability - old_log_probability.detach()).exp()
+    return -reward_weight * (advantage.detach() * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
 
 class DDPO(DenoisingLearner[Config]):

@@ -18,6 +18,7 @@ from polrl.diffusion.ddpo import (
     DDPO,
     append_rewards,
     clipped_loss,
+    dpok_loss,
     importance_objective,
     noise_penalty,
     prompt_advantages,
@@ -105,6 +106,27 @@ def test_e6_bounds_advantages_and_leaves_them_and_the_old_policy_constant():
         clipped_loss(new, old, torch.full((3,), 50.0).double(), 9.0, 2.0),
         clipped_loss(new, old, torch.full((3,), 2.0).double(), 9.0, 2.0),
     )
+
+
+def test_e6d_by_hand():
+    new, old, advantage = 0.3 * normal(40, seed=1), 0.3 * normal(40, seed=2), 4 * normal(40, seed=3)
+    total = sum(
+        -100 * a * max(0.8, min(1.2, math.exp(n - o)))
+        for n, o, a in zip(new.tolist(), old.tolist(), advantage.tolist(), strict=True)
+    )
+    close(dpok_loss(new, old, advantage, 0.2), total / 40)
+    close(dpok_loss(new, old, advantage, 0.2, reward_weight=3.0), 0.03 * total / 40)
+    close(dpok_loss(new, old, advantage), dpok_loss(new, old, advantage, 1e-4, 100.0))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(("log_ratio", "flat"), [(0.3, True), (-0.3, True), (0.05, False), (-0.05, False)])
+def test_e6d_clips_both_sides_whatever_the_advantage(advantage, log_ratio, flat):
+    new = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
+    old, credit = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (0.0, advantage))
+    found = torch.autograd.grad(dpok_loss(new, old, credit, 0.1, 7.0), (new, old, credit), allow_unused=True)
+    assert found[1:] == (None, None)
+    close(found[0], [0.0 if flat else -7 * advantage * math.exp(log_ratio)])
 
 
 # ---- advantages and penalty --------------------------------------------------------------------------------------
