@@ -93,7 +93,7 @@ def token_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
 
 
 class VerifiedSums:
-    """Sums of numbers with two digits (`add-S`, `add-L`) or one to three (`add-mix-S`), and a model that half knows it.
+    """Sums of two digits (`add-S`, `add-L`) or of one to three (`add-mix-S`), and a model that half knows them.
 
     Parameters
     ----------

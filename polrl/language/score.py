@@ -13,14 +13,15 @@ nothing before Stage II. A tiny model needs a `beta2` above 1 to hold the first 
 any reward for the first soon leaves nothing to mend; the task "unequal" gives the second attempt what the first lacks,
 room to work. Of E8 the edit-distance ratio is left out, for short answers hold hardly more than whether they changed.
 
-`method="star"` is the baseline that learns without rewards, by E9, which is not on the card: STaR imitates those of its
-own second attempts that mended a wrong first one. Three times a copy of the model plays for a third of the steps, while
-a student that begins as the base model imitates what is kept; then the student is the one that plays. A step is one
-batch of rollouts and one gradient step, as everywhere here.
+`method="star"` is the card's baseline that learns without rewards; its loss, E9, has a number of this file's own. STaR
+imitates those of its own second attempts that mended a wrong first one. Three times a copy of the model plays for a
+third of the steps, while a student that begins as the base model imitates what is kept; then the student is the one
+that plays. A step is one batch of rollouts and one gradient step, as everywhere here.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -35,7 +36,7 @@ import polrl
 from polrl import Bars, Budget, Criterion, Curve, Learner, Metrics, Study, Tokens, View, equation, knob
 from polrl.core.errors import KnobError
 from polrl.core.sampling import Generators
-from polrl.models.causal_lm import completion_logits, sample
+from polrl.models.causal_lm import completion_logits, sample, token_log_probs
 from polrl.models.tiny_lm import EOS, VOCABULARY, decode_batch, encode, load_tiny_lm
 from polrl.worlds.text_tasks import Problem, SelfCorrection, TwoAttempts, UnequalAttempts, checked_rewards
 
@@ -67,7 +68,7 @@ class Config(polrl.Config):
     base model has not learned to the end, and the second may work out the columns.
     """
 
-    method: Literal["score", "star"] = "score"
+    method: Literal["score", "star"] = "score"  # star: the baseline of E9, without stages
     task: Literal["alike", "unequal"] = "alike"
     model: str = ""  # a checkpoint of the tiny language model; the task's own if empty
     prompts: int = Field(24, ge=1)
@@ -204,8 +205,7 @@ def imitation_loss(logits: torch.Tensor, ids: torch.Tensor, m2: torch.Tensor) ->
         1 on the tokens of the second attempt; the first, which was wrong, is read and not learned.
     """
     logits = logits.where(m2.unsqueeze(-1) > 0, 0.0)
-    log_probs = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return -(m2 * log_probs).sum(dim=1).mean()
+    return -(m2 * token_log_probs(logits, ids)).sum(dim=1).mean()
 
 
 @dataclass(frozen=True)
@@ -355,6 +355,8 @@ class SCoRe(Learner[Config]):
 
     def setup(self) -> None:
         config = self.config
+        if config.method == "star" and config.stage1_steps:
+            raise KnobError(f"stage1_steps={config.stage1_steps}; allowed: 0 with method='star', which has no stages")
         form = FORMS[config.task]
         self.task = form.task()
         self.model, reference = (load_tiny_lm(config.model or form.model, self.device) for _ in range(2))
@@ -365,11 +367,8 @@ class SCoRe(Learner[Config]):
         judged = Generators(config.seed, self.device, "observe")
         with torch.no_grad():
             self.base = self.figures(self.attempt(self.reference, self.held_out, judged.torch))
-        if config.method == "star" and config.stage1_steps:
-            raise KnobError(f"stage1_steps={config.stage1_steps}; allowed: 0 with method='star', which has no stages")
         if config.method == "star":
-            self.player = load_tiny_lm(config.model or form.model, self.device).requires_grad_(False)
-            self.traces = self.no_traces()
+            self.player, self.traces = copy.deepcopy(self.reference), self.no_traces()
         if config.stage1_steps == 0:
             self.enter("stage2")
 
@@ -500,15 +499,13 @@ class SCoRe(Learner[Config]):
     def views(self) -> dict[str, View]:
         played = self.attempt(self.model, self.held_out, self.rng.torch)
         kl = token_kl(played.logits(self.model), played.logits(self.reference))
-        found = {
+        rewarded = self.config.method == "score"
+        return {
             "flow": self.picture_flow(self.figures(played)),
             "attempts": self.picture_attempts(played),
-            "credit": self.picture_credit(),
+            **({"credit": self.picture_credit()} if rewarded else {}),
             "distance": self.picture_distance(played, kl),
         }
-        if self.config.method == "star":
-            del found["credit"]  # nothing is rewarded
-        return found
 
     def picture_flow(self, now: dict[str, torch.Tensor]) -> View:
         """Draw where the problems go from the first attempt to the second, beside the base model."""
