@@ -149,8 +149,11 @@ class VerifiedSums:
         self.test = [p for n in self.digits for p in Arithmetic("+", n).prompts(each, rng.numpy, "test")]
         self.shown = [self.test[i * len(self.test) // 24] for i in range(24)]
         # With the noise of `judge`: what the base model is hardly able to do, before anything was learned.
-        self.hard = self.attempt(self.base)[-1].sum(dim=1) <= HARD
-        self.base_figures = self.judge(self.base)
+        # Judged as a policy is, with weights that take gradients: torch multiplies others by another routine on some
+        # processors, and a policy that has learned nothing would gain a rounding error.
+        start = self.new_policy()
+        self.hard = self.attempt(start)[-1].sum(dim=1) <= HARD
+        self.base_figures = self.judge(start)
 
     def new_policy(self) -> torch.nn.Module:
         """Return a policy that starts as the base model."""
