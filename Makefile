@@ -37,7 +37,10 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
+# One thing after the other, but for what `test` itself does side by side.
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
 .PHONY: help lab test lint types test-python test-browser test-notebooks course bench bench-peers format constraints clean distclean
 
@@ -75,8 +78,13 @@ course: $(ALL_READY) ## execute the notebooks as they are committed
 
 # ----------------------------------------------------------------------------------------------------------- the tests
 
+# Types are checked beside the browser tests, which wait for the page half of their time.
 test: $(ALL_READY) ## style, types, tests, browser tests, notebooks; goes on after a failure and reports it
-	@$(MAKE) --no-print-directory --keep-going lint types test-python test-browser test-notebooks
+	@$(MAKE) --no-print-directory --keep-going lint test-python types-and-browser test-notebooks
+
+.PHONY: types-and-browser
+types-and-browser: $(ALL_READY)
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 SIDE_BY_SIDE=1 types test-browser
 
 lint: $(ALL_READY) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -86,10 +94,10 @@ types: $(ALL_READY) ## mypy
 	$(BIN)/mypy
 
 test-python: $(ALL_READY) ## everything in tests/ but the browser
-	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore=tests/browser $(ARGS) tests
+	$(ONE_THREAD) $(BIN)/pytest -p no:nbval -n $(WORKERS) --dist worksteal --ignore=tests/browser $(ARGS) tests
 
 test-browser: $(ALL_READY) ## the lab in a real Chromium, one test at a time
-	$(BIN)/pytest $(ARGS) tests/browser
+	$(BIN)/pytest -p no:nbval $(ARGS) tests/browser
 
 test-notebooks: $(ALL_READY) ## every notebook of the course once, with tiny budgets
 	@if $(NOTEBOOKS) | grep -q .; then set -x; \

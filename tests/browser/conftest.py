@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -45,6 +46,8 @@ from jupyterlab.labapp import main
 sys.exit(main())
 """
 PATIENCE = 60_000  # ms: how long a page may take before a test fails
+# What a kernel imports while its page is still loading; polrl itself is for the notebook's cells to import.
+LIBRARIES = "import anywidget, gymnasium, ipywidgets, matplotlib.pyplot, pandas, torch, torch.func, tsdownsample\n"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,6 +77,7 @@ class JupyterServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.ending: list[threading.Thread] = []
         self.url, self.token = f"http://127.0.0.1:{port}", "polrl-tests"
         homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
         homes |= {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
@@ -82,6 +86,9 @@ class JupyterServer:
             pathlib.Path(path).mkdir(exist_ok=True)
         quiet = pathlib.Path(homes["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", "apputils-extension")
         quiet.mkdir(parents=True)
+        startup = pathlib.Path(homes["IPYTHONDIR"], "profile_default", "startup")
+        startup.mkdir(parents=True)
+        (startup / "00-libraries.py").write_text(LIBRARIES)
         (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         roots = [str(ROOT), str(ROOT / "widgets"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | homes | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
@@ -120,21 +127,35 @@ class JupyterServer:
                 return
         raise RuntimeError(f"JupyterLab did not start; see {self.log.name}")
 
-    def ask(self, path: str, method: str = "GET") -> Any:
+    def ask(self, path: str, method: str = "GET", content: object = None) -> Any:
         """Call the server's REST interface."""
-        headers = {"Authorization": f"token {self.token}"}
-        request = urllib.request.Request(f"{self.url}/api/{path}", method=method, headers=headers)
+        headers = {"Authorization": f"token {self.token}", "Content-Type": "application/json"}
+        body = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(f"{self.url}/api/{path}", data=body, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read() or b"null")
 
     def close(self) -> None:
         """Stop the server and its kernels."""
+        for ending in self.ending:
+            ending.join()
         self.process.terminate()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.log.close()
+
+    def start_kernel(self, notebook: str) -> str:
+        """Start the kernel that a notebook's page will find; return the session's id."""
+        kernel = {"path": notebook, "name": notebook, "type": "notebook", "kernel": {"name": "python3"}}
+        return self.ask("sessions", method="POST", content=kernel)["id"]
+
+    def end_kernel(self, session: str) -> None:
+        """End a session's kernel, which takes a while that nobody needs to wait for."""
+        ending = threading.Thread(target=self.ask, args=(f"sessions/{session}", "DELETE"), daemon=True)
+        ending.start()
+        self.ending.append(ending)
 
 
 class NotebookPage:
@@ -152,6 +173,7 @@ class NotebookPage:
         self.errors: list[str] = []
         path = server.notebooks / name
         path.write_text(json.dumps(_notebook(cells)))
+        self.session = server.start_kernel(name)  # it gets ready while the page is loading
         self.count, self.has_scratch = len(cells), False
         self.context = browser.new_context(viewport={"width": 1366, "height": 900}, device_scale_factor=1)
         self.page: Page = self.context.new_page()
@@ -264,9 +286,7 @@ class NotebookPage:
     def close(self) -> None:
         """Close the page and end the notebook's kernel."""
         self.context.close()
-        for session in self.server.ask("sessions"):
-            if session["path"] == self.name:
-                self.server.ask(f"sessions/{session['id']}", method="DELETE")
+        self.server.end_kernel(self.session)
 
 
 def _notebook(cells: Sequence[str]) -> dict[str, object]:
