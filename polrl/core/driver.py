@@ -127,8 +127,8 @@ class Driver:
             self._thread.join(timeout)
 
     def _work(self) -> None:
-        for run in self.runs[:1]:
-            torch.set_num_threads(run.threads)
+        if self.runs:
+            torch.set_num_threads(self.runs[0].threads)
         last_tick = last_round = 0.0
         try:
             while not self._stopping:

@@ -166,6 +166,8 @@ class NotebookPage:
     page : playwright Page
     errors : list of str
         What the page wrote to its console as errors, and uncaught exceptions.
+    received : list of int
+        Sizes of the messages that came to the page.
     """
 
     def __init__(self, browser: Browser, server: JupyterServer, name: str, cells: Sequence[str]) -> None:
@@ -180,10 +182,22 @@ class NotebookPage:
         self.page.set_default_timeout(PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._hear)
+        self.received: list[int] = []
+        self.page.on("websocket", lambda socket: socket.on("framereceived", self._count))
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.errors.append(message.text)
+
+    def _count(self, frame: str | bytes) -> None:
+        self.received.append(len(frame))
+
+    def reload(self) -> NotebookPage:
+        """Save the notebook and load the page again."""
+        self.command("docmanager:save")
+        self.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+        self.page.reload()
+        return self.wait_kernel()
 
     def open(self) -> NotebookPage:
         """Open the notebook alone, with no tab of an earlier test."""

@@ -44,103 +44,6 @@ def wait_curve(notebook, last: int | None, chart: int = 0) -> list[int]:
     return notebook.page.evaluate(CURVE, chart)
 
 
-# ---- a notebook each ---------------------------------------------------------------------------------------------------
-
-
-DEAF = """
-board.frame(frame(0, 30))
-hear, missed = board._hear, []
-
-def hear_late(widget, content, buffers):
-    if content["type"] == "hello" and not missed:
-        missed.append(content)
-    else:
-        hear(widget, content, buffers)
-
-board.on_msg(board._hear, remove=True)
-board.on_msg(hear_late)
-board
-"""
-
-
-def test_a_page_whose_first_question_is_lost_asks_again(open_notebook) -> None:
-    notebook = open_notebook([SETUP, DEAF])
-    assert wait_curve(notebook, 29) == [29, 30]
-    assert notebook.read("len(missed)") == "1"
-    assert notebook.errors == []
-
-
-def test_plotly_takes_over_where_somebody_points_and_hands_back(open_notebook) -> None:
-    sizes: list[int] = []
-    notebook = open_notebook([SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"], run=False)
-    notebook.page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame))))
-    notebook.page.reload()
-    notebook.wait_kernel()
-    notebook.run_all()
-    notebook.page.wait_for_function("() => document.querySelectorAll('.polrl-chart canvas').length >= 6")
-    notebook.run_code("board.frame(frame(0, 10)); other.frame(frame(0, 20))")
-    notebook.page.wait_for_function(f"() => [0, 4].every(n => ({CURVE})(n)[0] === 9)")
-    wait_curve(notebook, 19, chart=2)
-    assert sum(size > 1_000_000 for size in sizes) == 0, "plotly comes when it is wanted"
-    for chart in (0, 2):  # of two boards
-        notebook.page.locator(".polrl-chart .polrl-plot").nth(chart).hover()
-        notebook.page.wait_for_selector(f".polrl-chart .js-plotly-plot >> nth={0}")
-        notebook.page.wait_for_function(
-            "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.main-svg')", arg=chart
-        )
-    held = "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.js-plotly-plot')?.data[0].x.at(-1)"
-    notebook.run_code("other.frame(frame(20, 30))")
-    notebook.page.wait_for_function(f"() => ({held})(2) === 29")
-    notebook.page.locator(".polrl-label").first.hover()
-    notebook.page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 0")
-    assert sum(size > 1_000_000 for size in sizes) == 1
-    assert notebook.errors == []
-
-
-def test_reload_restores_curves_and_images(open_notebook) -> None:
-    lab = open_notebook([SETUP, "board"])
-    lab.run_code(
-        "images = np.linspace(0, 1, 2 * 8 * 28 * 28).reshape(2, 8, 28, 28)\n"
-        "view = ImageGrid(title='Masks', alt='Sixteen masks', images=images)\n"
-        "for first in range(0, 5000, 100): board.frame(frame(first, first + 100)); board.flush()\n"
-        "board.frame(frame(5000, 5001, views={'masks': view})); board.flush()"
-    )
-    before = wait_curve(lab, 5000)
-    lab.page.wait_for_selector(".polrl-view-masks canvas")
-    lab.command("docmanager:save")
-    lab.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
-    lab.page.reload()
-    lab.wait_kernel()
-    assert wait_curve(lab, 5000) == before
-    canvas = lab.page.locator(".polrl-view-masks canvas")
-    canvas.wait_for()
-    pixel = "e => [...e.getContext('2d').getImageData(e.width - 1, e.height - 1, 1, 1).data]"
-    assert canvas.evaluate(pixel) == [255, 255, 255, 255]
-    assert lab.page.locator(".polrl-view-masks [role=img]").get_attribute("aria-label") == "Sixteen masks"
-    assert lab.errors == []
-
-
-def test_sliders_have_accessible_names(open_notebook) -> None:
-    slider = (
-        "slider = ipywidgets.FloatLogSlider(value=1.0, min=-3, max=3); slider.add_class('polrl-knob-x')\n"
-        "board.name_sliders('polrl-lab-1', {'polrl-knob-x': 'noise strength', 'polrl-knob-late': 'later'})\n"
-        "box = ipywidgets.VBox([slider, board]); box.add_class('polrl-lab-1'); box"
-    )
-    notebook = open_notebook([SETUP, slider])
-    notebook.page.wait_for_selector(".polrl-knob-x .noUi-handle[aria-label='noise strength']")
-    handle = notebook.page.locator(".polrl-knob-x .noUi-handle")
-    handle.focus()
-    notebook.page.keyboard.press("ArrowRight")
-    readout = notebook.text(".polrl-knob-x .widget-readout")
-    notebook.page.wait_for_selector(f".polrl-knob-x .noUi-handle[aria-valuetext='{readout}']")
-    notebook.run_code("late = ipywidgets.IntSlider(); late.add_class('polrl-knob-late'); box.children += (late,)")
-    notebook.page.wait_for_selector(".polrl-knob-late .noUi-handle[aria-label='later']")
-    assert notebook.errors == []
-
-
-# ---- the shared one ----------------------------------------------------------------------------------------------------
-
-
 def test_charts_move_and_words_follow(lab) -> None:
     lab.run_code("board.frame(frame(0, 100))")
     assert wait_curve(lab, 99) == [99, 100]
@@ -236,6 +139,71 @@ def test_a_feeding_thread_loses_no_last_value(lab) -> None:
     assert lab.errors == []
 
 
+DEAF = """
+board.close()
+board = new_board()
+board.frame(frame(0, 30))
+hear, missed = board._hear, []
+
+def hear_late(widget, content, buffers):
+    if content["type"] == "hello" and not missed:
+        missed.append(content)
+    else:
+        hear(widget, content, buffers)
+
+board.on_msg(board._hear, remove=True)
+board.on_msg(hear_late)
+board
+"""
+
+
+def test_a_page_whose_first_question_is_lost_asks_again(lab) -> None:
+    lab.run_code(DEAF)
+    assert wait_curve(lab, 29) == [29, 30]
+    assert lab.read("len(missed)") == "1"
+    assert lab.errors == []
+
+
+def test_sliders_have_accessible_names(lab) -> None:
+    lab.run_code(
+        "slider, late = ipywidgets.FloatLogSlider(value=1.0, min=-3, max=3), ipywidgets.IntSlider()\n"
+        "slider.add_class('polrl-knob-x'); late.add_class('polrl-knob-late')\n"
+        "board.name_sliders('polrl-lab-1', {'polrl-knob-x': 'noise strength', 'polrl-knob-late': 'later'})\n"
+        "box = ipywidgets.VBox([slider]); box.add_class('polrl-lab-1')\n"
+        "slider.observe(lambda change: box.set_trait('children', [slider, late]), 'value')\n"
+        "box"
+    )
+    lab.page.wait_for_selector(".polrl-knob-x .noUi-handle[aria-label='noise strength']")
+    handle = lab.page.locator(".polrl-knob-x .noUi-handle")
+    before = lab.text(".polrl-knob-x .widget-readout")
+    handle.focus()
+    lab.page.keyboard.press("ArrowRight")
+    lab.page.wait_for_selector(".polrl-knob-late .noUi-handle[aria-label='later']")
+    readout = lab.text(".polrl-knob-x .widget-readout")
+    assert readout != before
+    lab.page.wait_for_selector(f".polrl-knob-x .noUi-handle[aria-valuetext='{readout}']")
+    assert lab.errors == []
+
+
+def test_reload_restores_curves_and_images(lab) -> None:
+    lab.run_code(
+        "images = np.linspace(0, 1, 2 * 8 * 28 * 28).reshape(2, 8, 28, 28)\n"
+        "view = ImageGrid(title='Masks', alt='Sixteen masks', images=images)\n"
+        "for first in range(0, 5000, 100): board.frame(frame(first, first + 100)); board.flush()\n"
+        "board.frame(frame(5000, 5001, views={'masks': view})); board.flush()"
+    )
+    before = wait_curve(lab, 5000)
+    lab.page.wait_for_selector(".polrl-view-masks canvas")
+    lab.reload()
+    assert wait_curve(lab, 5000) == before
+    canvas = lab.page.locator(".polrl-view-masks canvas")
+    canvas.wait_for()
+    pixel = "e => [...e.getContext('2d').getImageData(e.width - 1, e.height - 1, 1, 1).data]"
+    assert canvas.evaluate(pixel) == [255, 255, 255, 255]
+    assert lab.page.locator(".polrl-view-masks [role=img]").get_attribute("aria-label") == "Sixteen masks"
+    assert lab.errors == []
+
+
 # The last one of the shared notebook: JupyterLab itself complains, a while after it has changed its theme and back.
 def test_charts_follow_the_theme(lab) -> None:
     color = "() => document.querySelector('.polrl-chart .polrl-plot').figure.layout.font.color"
@@ -248,3 +216,26 @@ def test_charts_follow_the_theme(lab) -> None:
     finally:
         lab.command("apputils:change-theme", theme="JupyterLab Light")
     lab.page.wait_for_function(f"light => ({color})() === light", arg=light)
+
+
+# It opens another notebook, which the first one's page would open too if it were loaded again after that.
+def test_plotly_takes_over_where_somebody_points_and_hands_back(open_notebook) -> None:
+    notebook = open_notebook([SETUP, "board", "other = new_board(); ipywidgets.VBox([other, board])"])
+    notebook.page.wait_for_function("() => document.querySelectorAll('.polrl-chart canvas').length >= 6")
+    notebook.run_code("board.frame(frame(0, 10)); other.frame(frame(0, 20))")
+    notebook.page.wait_for_function(f"() => [0, 4].every(n => ({CURVE})(n)[0] === 9)")
+    wait_curve(notebook, 19, chart=2)
+    assert max(notebook.received) < 1_000_000, "plotly comes when it is wanted"
+    for chart in (0, 2):  # of two boards
+        notebook.page.locator(".polrl-chart .polrl-plot").nth(chart).hover()
+        notebook.page.wait_for_selector(f".polrl-chart .js-plotly-plot >> nth={0}")
+        notebook.page.wait_for_function(
+            "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.main-svg')", arg=chart
+        )
+    held = "n => document.querySelectorAll('.polrl-plot')[n].querySelector('.js-plotly-plot')?.data[0].x.at(-1)"
+    notebook.run_code("other.frame(frame(20, 30))")
+    notebook.page.wait_for_function(f"() => ({held})(2) === 29")
+    notebook.page.locator(".polrl-label").first.hover()
+    notebook.page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 0")
+    assert sum(size > 1_000_000 for size in notebook.received) == 1
+    assert notebook.errors == []

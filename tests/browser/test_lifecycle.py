@@ -101,13 +101,13 @@ def test_a_lab_whose_output_is_cleared_stops_training(lab):
     assert lab.run_code(f"{stopped}\nprint(lab.driver.training, '|', lab._notice)").startswith("False | paused")
 
 
-def test_two_labs_train_in_one_kernel_without_disturbing_each_other(shared):
-    assert shared.read("Run(Tiny()).step") == "0"
-    shared.run_code("lab.close(); a = Lab(Tiny()); b = Lab(Tiny(strength=0.1)); a.play(200); b.play(200)")
-    shared.run_code(
+def test_two_labs_train_in_one_kernel_without_disturbing_each_other(lab):
+    assert lab.read("Run(Tiny()).step") == "0"
+    lab.run_code("lab.close(); a = Lab(Tiny()); b = Lab(Tiny(strength=0.1)); a.play(200); b.play(200)")
+    lab.run_code(
         "end = time.time() + 60\nwhile (a.driver.training or b.driver.training) and time.time() < end: time.sleep(0.1)"
     )
-    printed = shared.run_code(
+    printed = lab.run_code(
         "alone = [Run(Tiny()), Run(Tiny(strength=0.1))]\n"
         "for run in alone: run.advance(200)\n"
         "print([lab.run.step for lab in (a, b)], [bool((lab.run.history.value == run.history.value).all())"
@@ -117,32 +117,38 @@ def test_two_labs_train_in_one_kernel_without_disturbing_each_other(shared):
     assert printed == "[200, 200] [True, True]"
 
 
-def load_again(open_notebook, script=""):
-    """Load a page while its lab trains, with a script that the new page begins with; wait until the lab is back."""
-    notebook = open_notebook(CELLS)
-    notebook.wait_lab()
-    notebook.page.click(".polrl-run")
-    notebook.wait_steps(20)
-    notebook.command("docmanager:save")
-    notebook.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
-    if script:
-        notebook.page.add_init_script(script)
-    notebook.page.reload()
-    notebook.wait_kernel()
-    notebook.wait_lab()
-    notebook.wait_steps(60)
-    return notebook
+def test_where_no_custom_widget_arrives_pictures_are_redrawn(lab):
+    lab.run_code("lab.close(); lab = Lab(Tiny(), mode='plain')\nlab")
+    picture = lab.page.locator(".polrl-plain img")
+    picture.wait_for()
+    assert lab.page.locator(".polrl-board").count() == 0
+    before = picture.get_attribute("src")
+    lab.page.click(".polrl-run")
+    lab.page.wait_for_function("before => document.querySelector('.polrl-plain img').src !== before", arg=before)
+    lab.page.wait_for_function("() => /[1-9]\\d* steps/.test(document.querySelector('.polrl-plain').textContent)")
+    lab.page.click(".polrl-pause")
+    assert lab.read("lab.driver.error == '', lab.close()") == "True None"
 
 
-def test_a_page_that_is_loaded_again_finds_the_training_lab(open_notebook):
-    notebook = load_again(open_notebook)
-    notebook.page.click(".polrl-pause")
-    assert notebook.run_code(f"{COUNT.split('; ')[0]}; print({COUNT.split('; ')[1]})") == "1"
-    shown = notebook.page.evaluate("document.querySelector('.polrl-chart .polrl-plot').figure.traces[0].x.slice(0, 3)")
+def load_again(lab):
+    """Load a page while its lab trains, and wait until the lab is back."""
+    lab.page.click(".polrl-run")
+    lab.wait_steps(20)
+    lab.reload()
+    lab.wait_lab()
+    lab.wait_steps(60)
+
+
+def test_a_page_that_is_loaded_again_finds_the_training_lab(lab):
+    load_again(lab)
+    lab.page.click(".polrl-pause")
+    assert lab.run_code(f"{COUNT.split('; ')[0]}; print({COUNT.split('; ')[1]})") == "1"
+    shown = lab.page.evaluate("document.querySelector('.polrl-chart .polrl-plot').figure.traces[0].x.slice(0, 3)")
     assert shown == [1, 2, 3]
-    assert notebook.errors == []
+    assert lab.errors == []
 
 
+# The last one of the shared notebook: the script stays with the page.
 LATE = """
 const timeout = AbortSignal.timeout;
 window.givenUp = 0;
@@ -150,12 +156,13 @@ AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms === 2000 && window.gi
 """
 
 
-def test_a_page_that_is_too_busy_to_start_the_board_gets_a_new_one(open_notebook):
-    notebook = load_again(open_notebook, LATE)  # anywidget gives a model up that did not start within two seconds
-    notebook.page.click(".polrl-pause")
-    notebook.wait_text(".polrl-state", "paused")
-    assert notebook.page.evaluate("window.givenUp") >= 2  # the model that could not start, and the one that did
-    assert notebook.page.locator(".polrl-board").count() == 1
+def test_a_page_that_is_too_busy_to_start_the_board_gets_a_new_one(lab):
+    lab.page.add_init_script(LATE)  # anywidget gives a model up that did not start within two seconds
+    load_again(lab)
+    lab.page.click(".polrl-pause")
+    lab.wait_text(".polrl-state", "paused")
+    assert lab.page.evaluate("window.givenUp") >= 2  # the model that could not start, and the one that did
+    assert lab.page.locator(".polrl-board").count() == 1
 
 
 def test_after_a_kernel_restart_the_run_goes_on_from_its_folder(open_notebook):
@@ -179,16 +186,3 @@ def test_after_a_kernel_restart_the_run_goes_on_from_its_folder(open_notebook):
     )
     step, alike = json.loads(told.splitlines()[-1])
     assert step > 0 and alike
-
-
-def test_where_no_custom_widget_arrives_pictures_are_redrawn(open_notebook):
-    notebook = open_notebook([TINY, "lab = Lab(Tiny(), mode='plain')\nlab"])
-    picture = notebook.page.locator(".polrl-plain img")
-    picture.wait_for()
-    assert notebook.page.locator(".polrl-board").count() == 0
-    before = picture.get_attribute("src")
-    notebook.page.click(".polrl-run")
-    notebook.page.wait_for_function("before => document.querySelector('.polrl-plain img').src !== before", arg=before)
-    notebook.page.wait_for_function("() => /[1-9]\\d* steps/.test(document.querySelector('.polrl-plain').textContent)")
-    notebook.page.click(".polrl-pause")
-    assert notebook.read("lab.driver.error") == ""

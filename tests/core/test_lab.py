@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
+import weakref
 from typing import Literal
 
 import ipywidgets
 import pytest
 import torch
+from ipywidgets.widgets.widget import _instances as WIDGETS
 
 import polrl
 from polrl import Bars, Curve, Driver, Learner, Run, knob
@@ -436,3 +439,29 @@ def test_the_interrupt_pauses_every_lab_and_says_so(live):
 def test_several_methods_of_one_name_are_told_apart(live):
     lab = live(Arms(), Arms(), Tiny())
     assert [bench.track.label for bench in lab._benches] == ["Arms", "Arms (2)", "Tiny"]
+
+
+@pytest.mark.parametrize("ending", ["close", "remove", "start again"])
+def test_what_leaves_the_table_leaves_neither_widgets_nor_its_run_in_memory(live, ending):
+    live(Tiny()).close()  # what all labs share is there from now on
+    before = set(WIDGETS)
+    lab = Lab(Tiny(), mode="live")
+    parent, twin = lab.run, lab.fork()
+    of_two = set(WIDGETS)
+    leaving = twin if ending == "remove" else parent
+    if ending == "remove":
+        lab.remove(twin)
+        assert set(WIDGETS) < of_two
+    elif ending == "start again":
+        lab._start_again(lab._benches[0], {"cells": 3})
+        assert len(WIDGETS) == len(of_two) and set(WIDGETS) != of_two
+    learner = weakref.ref(leaving.learner)
+    del parent, twin, leaving
+    if ending != "close":
+        gc.collect()
+        assert learner() is None
+    lab.close()
+    assert set(WIDGETS) == before
+    del lab
+    gc.collect()
+    assert learner() is None

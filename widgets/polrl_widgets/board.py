@@ -211,7 +211,7 @@ def encode_view(view: View) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
 
 
 def _script(*names: str) -> str:
-    """Return scripts as the one module that a widget may have."""
+    """Return files as the one script, or style sheet, that a widget may have."""
     return "".join((STATIC / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -257,7 +257,7 @@ class Board(anywidget.AnyWidget):
     """
 
     _esm = _script("shelf.js", "sketch.js", "board.js")
-    _css = STATIC / "board.css"
+    _css = _script("board.css")  # text: where anywidget follows a file it keeps each widget that ever showed it
 
     def __init__(
         self,

@@ -29,14 +29,21 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
+_SHARED: set[widgets.Widget] = set()  # layouts and styles, which outlive what wears them
+
+
 @functools.cache
 def _layout(**traits: str) -> widgets.Layout:
-    return widgets.Layout(**traits)
+    made = widgets.Layout(**traits)
+    _SHARED.add(made)
+    return made
 
 
 @functools.cache
 def _style(kind: type[widgets.Widget]) -> Any:
-    return kind.class_traits()["style"].klass()
+    made = kind.class_traits()["style"].klass()
+    _SHARED.add(made)
+    return made
 
 
 def lean(kind: type[W], *arguments: Any, layout: Mapping[str, str] | None = None, **traits: Any) -> W:
@@ -47,6 +54,15 @@ def lean(kind: type[W], *arguments: Any, layout: Mapping[str, str] | None = None
     if "style" in kind.class_traits():
         traits["style"] = _style(kind)  # type: ignore[arg-type]  # a class is hashable
     return kind(*arguments, layout=_layout(**(layout or {})), **traits)
+
+
+def close_whole(root: widgets.Widget) -> None:
+    """Close a widget and all that is in it; ipywidgets would keep the parts, and show each page all of them."""
+    parts = [*getattr(root, "children", ()), *(getattr(root, name, None) for name in ("layout", "style"))]
+    root.close()
+    for part in parts:
+        if isinstance(part, widgets.Widget) and part not in _SHARED:
+            close_whole(part)
 
 
 def folded(makers: Mapping[str, Callable[[], widgets.Widget]]) -> widgets.Accordion:

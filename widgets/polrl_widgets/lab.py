@@ -23,7 +23,7 @@ from polrl.core.tape import Tape
 
 from .bench import Bench, Rate, as_run, charts_of, class_name, plain_row, run_labels, slug_of, views_of
 from .board import Board, Track, TrackFrame
-from .controls import KnobControl, StructurePanel, folded, format_value, lean
+from .controls import KnobControl, StructurePanel, close_whole, folded, format_value, lean
 from .lifecycle import opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
@@ -364,6 +364,7 @@ class Lab:
         for ghost in bench.ghost_tracks:
             self.board.remove_track(ghost)
         self._seat()
+        close_whole(bench.panel)
 
     def paper_values(self, run: Run | None = None) -> None:
         """Set the knobs of a run (the first if none is named) to the paper's values, where they are known."""
@@ -454,7 +455,7 @@ class Lab:
         self.driver.close()
         for run in self.runs:
             run.close()
-        self.widget.close()
+        close_whole(self.widget)
         self.board.close()
 
     def _bench_of(self, run: Run) -> Bench:
@@ -519,6 +520,7 @@ class Lab:
         self._benches[place] = renewed
         self.runs[place] = fresh
         self._seat()
+        close_whole(bench.panel)
         self.driver.add(fresh)
         self._views_due = 0.0
         if training:
