@@ -443,9 +443,10 @@ def test_several_methods_of_one_name_are_told_apart(live):
 
 @pytest.mark.parametrize("ending", ["close", "remove", "start again"])
 def test_what_leaves_the_table_leaves_neither_widgets_nor_its_run_in_memory(live, ending):
-    live(Tiny()).close()  # what all labs share is there from now on
+    live(Arms()).close()  # what all labs share is there from now on
     before = set(WIDGETS)
-    lab = Lab(Tiny(), mode="live")
+    lab = Lab(Arms(), mode="live")
+    lab.arm("none")
     parent, twin = lab.run, lab.fork()
     of_two = set(WIDGETS)
     leaving = twin if ending == "remove" else parent

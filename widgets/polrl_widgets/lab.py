@@ -455,8 +455,8 @@ class Lab:
         self.driver.close()
         for run in self.runs:
             run.close()
-        close_whole(self.widget)
-        self.board.close()
+        for part in (self.widget, self.board, *(bench.panel for bench in self._benches)):
+            close_whole(part)
 
     def _bench_of(self, run: Run) -> Bench:
         for bench in self._benches:
