@@ -42,7 +42,7 @@ ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint types test-python test-browser test-notebooks course bench bench-peers format constraints clean distclean
+.PHONY: help lab test lint types types-and-browser test-python test-browser test-notebooks course bench bench-peers format constraints clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,7 +82,6 @@ course: $(ALL_READY) ## execute the notebooks as they are committed
 test: $(ALL_READY) ## style, types, tests, browser tests, notebooks; goes on after a failure and reports it
 	@$(MAKE) --no-print-directory --keep-going lint test-python types-and-browser test-notebooks
 
-.PHONY: types-and-browser
 types-and-browser: $(ALL_READY)
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 SIDE_BY_SIDE=1 types test-browser
 

@@ -86,10 +86,10 @@ class JupyterServer:
             pathlib.Path(path).mkdir(exist_ok=True)
         quiet = pathlib.Path(homes["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", "apputils-extension")
         quiet.mkdir(parents=True)
+        (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         startup = pathlib.Path(homes["IPYTHONDIR"], "profile_default", "startup")
         startup.mkdir(parents=True)
         (startup / "00-libraries.py").write_text(LIBRARIES)
-        (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         roots = [str(ROOT), str(ROOT / "widgets"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | homes | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
         self.log = (folder / "server.log").open("w")
@@ -183,13 +183,13 @@ class NotebookPage:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._hear)
         self.received: list[int] = []
-        self.page.on("websocket", lambda socket: socket.on("framereceived", self._count))
+        self.page.on("websocket", lambda socket: socket.on("framereceived", self._receive))
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.errors.append(message.text)
 
-    def _count(self, frame: str | bytes) -> None:
+    def _receive(self, frame: str | bytes) -> None:
         self.received.append(len(frame))
 
     def reload(self) -> NotebookPage:
@@ -373,11 +373,11 @@ def open_notebook(browser: Browser, jupyter: JupyterServer, request: pytest.Fixt
     """A function that writes a notebook with these cells, opens it and runs them: `open_notebook(cells)`."""
     opened: list[NotebookPage] = []
 
-    def opener(cells: Sequence[str], run: bool = True) -> NotebookPage:
+    def opener(cells: Sequence[str]) -> NotebookPage:
         name = f"{request.node.name}-{len(opened)}.ipynb".replace("[", "-").replace("]", "")
         notebook = NotebookPage(browser, jupyter, name, cells).open()
         opened.append(notebook)
-        return notebook.run_all() if run else notebook
+        return notebook.run_all()
 
     yield opener
     for notebook in opened:

@@ -33,15 +33,8 @@ _SHARED: set[widgets.Widget] = set()  # layouts and styles, which outlive what w
 
 
 @functools.cache
-def _layout(**traits: str) -> widgets.Layout:
-    made = widgets.Layout(**traits)
-    _SHARED.add(made)
-    return made
-
-
-@functools.cache
-def _style(kind: type[widgets.Widget]) -> Any:
-    made = kind.class_traits()["style"].klass()
+def _shared(kind: type[widgets.Widget], **traits: str) -> Any:
+    made = kind(**traits)
     _SHARED.add(made)
     return made
 
@@ -51,9 +44,9 @@ def lean(kind: type[W], *arguments: Any, layout: Mapping[str, str] | None = None
 
     Neither may be changed afterwards.
     """
-    if "style" in kind.class_traits():
-        traits["style"] = _style(kind)  # type: ignore[arg-type]  # a class is hashable
-    return kind(*arguments, layout=_layout(**(layout or {})), **traits)
+    if style := kind.class_traits().get("style"):
+        traits["style"] = _shared(style.klass)
+    return kind(*arguments, layout=_shared(widgets.Layout, **(layout or {})), **traits)
 
 
 def close_whole(root: widgets.Widget) -> None:

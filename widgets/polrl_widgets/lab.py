@@ -455,7 +455,8 @@ class Lab:
         self.driver.close()
         for run in self.runs:
             run.close()
-        for part in (self.widget, self.board, *(bench.panel for bench in self._benches)):
+        arms = (bench.panel for bench in self._benches if bench.arm)
+        for part in (self.widget, self.board, *arms):  # not every board is in the widget, and no arm's panel
             close_whole(part)
 
     def _bench_of(self, run: Run) -> Bench:
