@@ -466,3 +466,12 @@ def test_what_leaves_the_table_leaves_neither_widgets_nor_its_run_in_memory(live
     del lab
     gc.collect()
     assert learner() is None
+
+
+def test_pictures_of_the_last_step_come_when_training_ends_before_they_are_due(live):
+    lab = live(Tiny())
+    wait_until(lambda: ("t0", "x") in lab.board._views)
+    lab._views_due = time.monotonic() + 1000
+    lab.play(3)
+    wait_until(lambda: lab.run.step == 3 and not lab.driver.training)
+    wait_until(lambda: lab.board._views["t0", "x"].values["x"][0] == float(lab.run.learner.x[0]))

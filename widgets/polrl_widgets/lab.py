@@ -554,7 +554,7 @@ class Lab:
         self._shown = shown
         self._rate.add(now, self._benches[0].run.step)
         frames = {b.track.id: self._frame(b, training, with_views) for b in self._benches}
-        if turned and not training:
+        if not (with_views or training):
             self._views_due = 0.0  # while paused no step follows that would bring the pictures
         if with_views:
             cost = time.monotonic() - now
