@@ -16,7 +16,7 @@ from polrl.core.errors import DivergedError, KnobError
 from polrl.core.run import Run
 
 #: The training thread rests so long after a command, so that the answer gets to the screen.
-COURTESY_SECONDS = 0.004
+COURTESY_SECONDS = 0.002
 
 
 class Driver:

@@ -109,6 +109,25 @@ def test_a_plotly_that_was_lost_is_asked_for_again_while_somebody_points(lab) ->
     assert lab.errors == []
 
 
+def test_a_chart_that_slides_under_a_pointer_at_rest_stays_as_it_is(lab) -> None:
+    lab.run_code("board.frame(frame(0, 40))")
+    wait_curve(lab, 39)
+    plot = lab.page.locator(".polrl-chart .polrl-plot").first
+    plot.hover()
+    lab.page.wait_for_selector(".js-plotly-plot")
+    pointer = plot.bounding_box()
+    slide = "way => { document.querySelector('.polrl-charts').style.transform = way; }"
+    lab.page.evaluate(slide, "translateX(3000px)")
+    lab.page.wait_for_selector(".js-plotly-plot", state="detached")  # nobody points at it any more
+    lab.page.evaluate(slide, "none")
+    lab.page.wait_for_function("() => document.querySelector('.polrl-plot').matches(':hover')")
+    lab.page.wait_for_timeout(1000)
+    assert lab.page.locator(".js-plotly-plot").count() == 0
+    lab.page.mouse.move(pointer["x"] + pointer["width"] / 2 + 5, pointer["y"] + pointer["height"] / 2)
+    lab.page.wait_for_selector(".js-plotly-plot")
+    assert lab.errors == []
+
+
 def test_messages_stay_bounded_in_a_long_run(lab) -> None:
     printed = lab.run_code(
         "sizes = []\n"

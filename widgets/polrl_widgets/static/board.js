@@ -11,7 +11,7 @@ const ASK_EVERY = 2000; // ms between two requests for everything, until it come
 const SKETCH_EVERY = 400; // ms between two drawings, which the training pays for on two cores; words may come faster
 const MAX_MARKS = 60; // of one kind, as on the Python side
 const CHART_WIDTH = 300; // narrowest chart, px
-const POINTED = 150; // ms of pointing until plotly takes over
+const POINTED = 150; // ms after the pointer began to move there until plotly takes over
 const LEFT = 1500; // ms until it hands back
 const FETCH_EVERY = 8000; // ms between two requests for it, while somebody points: a busy page may lose it
 
@@ -330,13 +330,23 @@ function viewFigure(view, theme, colors) {
 // A canvas that is always there, and plotly in its place while somebody points at it or has zoomed in.
 class Stage {
   constructor(body, figure, panel, title) {
-    Object.assign(this, { body, figure, panel, title, zoomed: false, taken: false });
+    Object.assign(this, { body, figure, panel, title, zoomed: false, taken: false, pointed: false });
     body.classList.add("polrl-stage");
     this.canvas = make("canvas", "", body);
     this.sketch = new Sketch(this.canvas, panel.theme);
     figure.quick = true;
-    body.addEventListener("pointerenter", () => this.later(() => this.take(), POINTED));
-    body.addEventListener("pointerleave", () => this.later(() => this.zoomed || this.release(), LEFT));
+    for (const name of ["pointermove", "pointerdown"]) body.addEventListener(name, (event) => this.point(event));
+    body.addEventListener("pointerleave", () => {
+      this.pointed = false;
+      this.later(() => this.zoomed || this.release(), LEFT);
+    });
+  }
+
+  // Somebody points: not where a pointer is at rest and the page scrolls under it.
+  point({ type, movementX, movementY }) {
+    if (this.pointed || (type === "pointermove" && !movementX && !movementY)) return;
+    this.pointed = true;
+    this.later(() => this.take(), POINTED);
   }
 
   later(act, wait) {
