@@ -42,7 +42,7 @@ class Driver:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs: list[Run] = []
         self.on_tick: Callable[[], None] | None = None
-        self.tick_seconds = 0.33
+        self.tick_seconds = 0.4
         self.speed_limit: float | None = None
         self.error = ""
         self._rounds_left: float = 0

@@ -28,7 +28,7 @@ from .lifecycle import opened
 from .panels import ChoicePanel, TapePanel, arms_of, button
 from .still import curves_csv, curves_png, page_png, still_picture
 
-VIEW_SHARE = 1 / 60  # of the training thread's time, for drawing views
+VIEW_SHARE = 1 / 100  # of the training thread's time, for drawing views
 VIEW_SECONDS = 0.5  # between two redraws of the views at the least: on two cores the page draws at the training's cost
 VIEW_PATIENCE = 1.0  # that they wait at the most while a knob moves
 UNSEEN_SECONDS = 75.0  # training pauses when no page has been heard of for so long
